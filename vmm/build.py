@@ -1,0 +1,177 @@
+"""Config → object: load a config file, override its keys, build what a `kind` names, save it as JSON."""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+
+from vmm.errors import UserError, one_of
+
+# An int is welcome where a float is asked for (PEP 484's numeric tower).
+_TYPES = BeartypeConf(is_pep484_tower=True)
+_LINEN = ("parent", "name")
+
+
+def make(cls: type, spec: Mapping, where: str, **given):
+    """Returns cls(**spec, **given); the dataclass fields of cls are the schema of the spec.
+
+    Args:
+      cls: a dataclass (every Linen module is one).
+      spec: field → value, from a config; must not name what is in `given`.
+      where: the config key that holds the spec, for the error line.
+      given: further fields, set by code.
+
+    Raises:
+      UserError: an unknown key, a missing one, or a value of another type.
+    """
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{where}: expected a group of keys, got {spec!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _LINEN}
+    known = [name for name in fields if name not in given]
+    hints = typing.get_type_hints(cls)
+    for key, value in spec.items():
+        if key not in known:
+            raise UserError(f"{where}.{key}: no such key; {one_of(key, known)}")
+        if not is_bearable(value, hints[key], conf=_TYPES):
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise UserError(f"{where}.{key}: expected {expected}, got {value!r}")
+    for name in known:
+        field = fields[name]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in spec:
+            raise UserError(f"{where}.{name}: missing; give it a value in the config")
+    return cls(**spec, **given)
+
+
+def build(table: Mapping[str, type], spec: Mapping, where: str, **given):
+    """Returns table[kind](**fields) for spec = {"kind": kind, **fields}.
+
+    Raises:
+      UserError: as `make`, or the kind is not in the table (the line lists the kinds).
+    """
+    if not isinstance(spec, Mapping) or "kind" not in spec:
+        raise UserError(f"{where}.kind: missing; {one_of('', table)}")
+    fields = {key: value for key, value in spec.items() if key != "kind"}
+    if spec["kind"] not in table:
+        raise UserError(f"{where}.kind: unknown kind {spec['kind']!r}; {one_of(spec['kind'], table)}")
+    return make(table[spec["kind"]], fields, where, **given)
+
+
+def plain(value):
+    """Returns the value with mappings as dicts and sequences as tuples, all the way down."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
+    """Reads a config and applies overrides.
+
+    Args:
+      reference: path of a Python file with `get_config(variant="")`, optionally followed by
+        `:variant`, or of a JSON file that `save_config` wrote.
+      overrides: "dotted.key=value" strings; values are Python literals, else strings.
+
+    Returns:
+      The config as nested dicts and tuples.
+
+    Raises:
+      UserError: no such file or variant, or an override that names no group of the config.
+    """
+    path, _, variant = reference.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common")
+        raise UserError(f"config {path}: no such file; {one_of(path, near)}")
+    if file.suffix == ".json":
+        try:
+            config = plain(json.loads(file.read_text()))
+        except json.JSONDecodeError as error:
+            raise UserError(f"config {path}: not valid JSON ({error})") from None
+    else:
+        config = plain(_run(file).get_config(variant))
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def _run(file: Path):
+    # Configs may import their folder's common.py, and nothing of it may stay behind: two
+    # folders may both hold a common.py.
+    spec = importlib.util.spec_from_file_location(f"vmm_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and Path(origin).resolve().parent == file.parent.resolve():
+                del sys.modules[name]
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config {file}: defines no get_config(variant)")
+    return module
+
+
+def _override(config: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override}: an override is written key=value, as in optim.learning_rate=3e-4")
+    *groups, last = key.split(".")
+    group = config
+    for depth, name in enumerate(groups):
+        if not isinstance(group.get(name), dict):
+            where = ".".join(groups[: depth + 1])
+            raise UserError(f"{where}: no such group in the config; {one_of(name, group)}")
+        group = group[name]
+    try:
+        value = plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    # At the top every key is in the file; deeper, a field's default may stand in the code.
+    if not groups and last not in config:
+        raise UserError(f"{key}: no such key; {one_of(key, config)}")
+    group[last] = value
+
+
+def save_config(config: Mapping, path: Path) -> None:
+    """Writes the config as JSON, whole or not at all."""
+    write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file through a temporary neighbour, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def digest(value) -> str:
+    """Returns a short hash of a config or of any JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(ours: Mapping, theirs: Mapping, prefix: str = "") -> list[str]:
+    """Returns "key: theirs → ours" for every leaf in which two configs differ."""
+    lines = []
+    for key in sorted(set(ours) | set(theirs)):
+        one, two = ours.get(key), theirs.get(key)
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            lines += differences(one, two, f"{prefix}{key}.")
+        elif one != two:
+            lines.append(f"{prefix}{key}: {two!r} → {one!r}")
+    return lines

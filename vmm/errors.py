@@ -1,0 +1,41 @@
+"""Errors that a person can mend, each with the exit code that a launcher can read."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: the message is one line that says what, and how to mend it."""
+
+    code = 2
+
+
+class DataBudgetError(UserError):
+    """More files could not be decoded than the budget allows."""
+
+    code = 3
+
+
+class NumericError(UserError):
+    """The loss is no longer finite."""
+
+    code = 4
+
+
+class StorageError(UserError):
+    """A checkpoint or result could not be written; what was written before is whole."""
+
+    code = 5
+
+
+class Preempted(Exception):
+    """SIGTERM or Ctrl-C arrived: the state is saved and the same command resumes it."""
+
+    code = 42
+
+
+def one_of(name: object, known: object) -> str:
+    """Returns the tail of an error line: the nearest known name, and all of them."""
+    import difflib
+
+    names = sorted(str(item) for item in known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names) if names else 'none'}"

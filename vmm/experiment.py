@@ -1,0 +1,110 @@
+"""A whole config, checked and built: the one place that knows which parts a config has."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vmm.build import build, make
+from vmm.data.loader import Augment, Clip, Data
+from vmm.data.media import check_size
+from vmm.errors import UserError
+from vmm.evals import EVALS
+from vmm.model import Recipe, loss_function
+from vmm.sharding import MeshShape
+from vmm.training.optim import Optim
+from vmm.training.step import Program, make_program
+from vmm.types import MODALITIES, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The groups of a config file. What each holds is said where it is used.
+
+    steps, batch: of training; batch is global. seed: of parameters, order, masks. dtype: "float32" or
+    "bfloat16", what activations are computed in. save_every, keep: steps between checkpoints, and
+    how many stay. log_every: steps between lines of metrics.
+    """
+
+    steps: int
+    batch: int
+    data: Mapping
+    trunk: Mapping
+    views: Mapping
+    objectives: Mapping
+    optim: Mapping = dataclasses.field(default_factory=dict)
+    mesh: Mapping = dataclasses.field(default_factory=dict)
+    evals: Mapping = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    dtype: str = "float32"
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 10
+
+
+class Experiment:
+    """The parts of a config: config, data, clip, augment, optim, mesh, recipe, evals."""
+
+    def __init__(self, config: Mapping):
+        """Raises UserError for any key, kind or value that is wrong, before anything is done."""
+        self.config = c = make(Config, config, "config")
+        for name in ("steps", "batch", "save_every", "log_every", "keep"):
+            if getattr(c, name) < 1:
+                raise UserError(f"config.{name}: must be at least 1, got {getattr(c, name)}")
+        if c.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"config.dtype: must be float32 or bfloat16, got {c.dtype!r}")
+        self.data = make(Data, c.data, "data")
+        self.clip = make(Clip, self.data.clip, "data.clip")
+        check_size(self.clip.size, self.clip.frames, self.clip.seconds)
+        self.augment = make(Augment, self.data.augment, "data.augment")
+        self.optim = make(Optim, c.optim, "optim")
+        self.mesh = make(MeshShape, c.mesh, "mesh")
+        self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
+        self.recipe = Recipe(c.trunk, c.views, c.objectives, c.dtype)
+        if any(view.get("teacher") for view in c.views.values()) and not self.optim.ema:
+            raise UserError("optim.ema: a view has a teacher, which is the running average; give ema a decay above 0")
+        unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
+        if unknown:
+            raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
+        self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
+
+    def batch_shapes(self, rows: int | None = None) -> Batch:
+        """Returns the abstract batch that the loader gives."""
+        rows, clip = rows or self.config.batch, self.clip
+
+        def array(shape, dtype):
+            return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+        return Batch(
+            inputs={
+                "video": array((clip.frames, clip.size, clip.size, 3), jnp.uint8),
+                "audio": array((clip.samples,), jnp.float32),
+                "text": array((clip.text_length,), jnp.int32),
+            },
+            present={name: array((), jnp.bool_) for name in MODALITIES},
+            labels={name: array((), jnp.int32) for name in self.data.labels},
+            index=array((), jnp.int32),
+            valid=array((), jnp.bool_),
+        )
+
+    def initialise(self, key: jax.Array):
+        """Returns the initial parameters, boxed with their axes: the same for any mesh."""
+        # Two rows are enough: parameters do not depend on the batch.
+        batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.batch_shapes(2))
+        keys = jax.random.split(key, 2)
+        return self.recipe.init(key, batch, keys)["params"]
+
+    def loss(self) -> Callable:
+        """Returns (params, teacher, batch, key) → (loss, metrics)."""
+        return loss_function(self.recipe, self.optim.accumulate)
+
+    def program(self, mesh) -> Program:
+        """Returns the compiled-on-demand init and step of this experiment."""
+        c = self.config
+        return make_program(self.initialise, self.loss(), self.optim, steps=c.steps, seed=c.seed, mesh=mesh)
+
+    def parameters(self) -> int:
+        """Returns the number of parameters."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.shapes))

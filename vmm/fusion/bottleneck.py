@@ -1,0 +1,60 @@
+"""Bottleneck fusion: streams exchange only through a few shared tokens (MBT, Nagrani et al. 2021, eq. 8-9)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vmm.fusion.enter import Enter, Leave
+from vmm.layers import Block, Repeat, vector
+from vmm.types import Streams
+
+
+class BottleneckLayer(nn.Module):
+    """One layer: (modality → x [B N D], z [B Z D]); the constants are modality → valid [B N].
+
+    Each stream attends over itself and z, and writes its own z; the new z is their mean over the
+    streams that the sample has (z stays where it has none).
+    """
+
+    heads: int
+    ratio: float = 4.0
+
+    @nn.compact
+    def __call__(self, carry, constants):
+        streams, z = carry
+        count = z.shape[1]
+        mixed, written, weights = {}, [], []
+        for name, x in streams.items():
+            valid = jnp.pad(constants[name], ((0, 0), (0, count)), constant_values=True)
+            y = Block(self.heads, self.ratio, name=name)(jnp.concatenate([x, z], axis=1), valid)
+            mixed[name] = y[:, :-count]
+            written.append(y[:, -count:])
+            weights.append(constants[name].any(1))
+        weight = jnp.stack(weights).astype(z.dtype)[..., None, None]
+        total = weight.sum(0)
+        mean = (jnp.stack(written) * weight).sum(0) / jnp.maximum(total, 1)
+        return mixed, jnp.where(total > 0, mean, z)
+
+
+class Bottleneck(nn.Module):
+    """Fusion through `bottlenecks` = Z shared tokens. FLOPs forward: depth · Σ_m block(N_m + Z, D)."""
+
+    width: int
+    depth: int
+    heads: int
+    bottlenecks: int = 4
+    ratio: float = 4.0
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        streams = Enter(self.width, name="enter")(streams)
+        first = next(iter(streams.values())).x
+        z = vector(self, "bottleneck", (self.bottlenecks, self.width)).astype(first.dtype)
+        z = jnp.broadcast_to(z, (first.shape[0], *z.shape))
+        fields = dict(heads=self.heads, ratio=self.ratio)
+        x, _ = Repeat(BottleneckLayer, fields, self.depth, self.scan, self.remat, name="blocks")(
+            ({name: tokens.x for name, tokens in streams.items()}, z),
+            {name: tokens.valid for name, tokens in streams.items()},
+        )
+        return Leave(name="leave")({name: tokens._replace(x=x[name]) for name, tokens in streams.items()})

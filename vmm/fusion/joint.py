@@ -1,0 +1,24 @@
+"""Joint fusion: one Transformer over the tokens of all streams in a row ("vanilla" fusion of MBT, Nagrani et al. 2021)."""
+
+import flax.linen as nn
+
+from vmm.fusion.enter import Enter, join, part
+from vmm.layers import Stack
+from vmm.types import Streams
+
+
+class Joint(nn.Module):
+    """Full self-attention over all tokens, weights shared. FLOPs forward: depth · block(Σ N_m, D)."""
+
+    width: int
+    depth: int
+    heads: int
+    ratio: float = 4.0
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        streams = Enter(self.width, name="enter")(streams)
+        x, valid = join(streams)
+        return part(streams, Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, name="stack")(x, valid))

@@ -1,0 +1,63 @@
+"""Classification of labels from the fused streams; each stream votes, the votes are averaged."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vmm import losses
+from vmm.layers import Dense, pool
+from vmm.types import Batch, Outputs
+
+
+class Classify(nn.Module):
+    """A linear head per stream and label; logits are the mean over the streams a sample has.
+
+    The same head serves every fusion (as MBT averages its streams' logits): after `late` the
+    streams know only themselves, and the mean of their logits is the classical late fusion.
+
+    view, weight: see Recipe. labels: label → number of classes; samples without it do not count.
+    """
+
+    labels: Mapping[str, int]
+    view: str = "clean"
+    weight: float = 1.0
+
+    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+
+    @nn.compact
+    def predict(self, outputs: Outputs, batch: Batch) -> dict:
+        """Returns label → logits float32 [B Y]."""
+        sums = dict.fromkeys(self.labels, 0.0)
+        count = 0.0
+        for stream, tokens in outputs.fused.items():
+            there = tokens.valid.any(1).astype(jnp.float32)[:, None]
+            features = pool(tokens)
+            count += there
+            for label, classes in self.labels.items():
+                vote = Dense((classes,), ("embed", None), name=f"{stream}_{label}")(features)
+                sums[label] += vote * there
+        return {label: value / jnp.maximum(count, 1.0) for label, value in sums.items()}
+
+    def features(self, outputs: Outputs, batch: Batch) -> dict:
+        """Returns per sample and label the cross-entropy, whether it is right, and whether it counts."""
+        result = {}
+        for label, logits in self.predict(outputs, batch).items():
+            truth = batch.labels[label]
+            result[label] = {
+                "error": losses.cross_entropy(logits, truth),
+                "right": (logits.argmax(-1) == truth).astype(jnp.float32),
+                "weight": ((truth >= 0) & batch.valid).astype(jnp.float32),
+            }
+        return result
+
+    def loss(self, features: dict) -> tuple:
+        """Returns the mean over labels of the mean cross-entropy of labelled samples."""
+        errors = [losses.mean(value["error"], value["weight"]) for value in features.values()]
+        metrics = {
+            f"{label}/accuracy": losses.mean(value["right"], value["weight"]) for label, value in features.items()
+        }
+        return sum(errors) / len(errors), metrics
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
+        return self.loss(self.features(outputs, batch))

@@ -1,0 +1,143 @@
+"""AdamW with warm-up and cosine, clipping, and ordered (regex, value) rules over parameter paths."""
+
+import dataclasses
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from vmm.errors import UserError
+
+Rules = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW (Loshchilov & Hutter 2019).
+
+    learning_rate: peak. warmup: steps of linear rise from 0; then a cosine to
+    `final` · learning_rate at the last step. clip: largest global norm of the gradient, 0: off.
+    ema: decay of the running average of parameters, 0: none.
+    accumulate: parts a batch is computed in (memory for time; the result is the same).
+    rate_rules, decay_rules: ordered (regex, multiplier) over parameter paths ("model/encoder_video/
+    embed/kernel"); the first that matches counts, and every parameter must match one. A rate
+    multiplier of 0 freezes: no gradient, no decay, no moments.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    final: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.0
+    accumulate: int = 1
+    rate_rules: Rules = ((".*", 1.0),)
+    decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))
+
+
+def path_of(keys: tuple) -> str:
+    """Returns a tree path as "a/b/c"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
+
+
+def match(rules: Rules, params, where: str):
+    """Returns the tree of values that the rules give to the parameters, by first full match.
+
+    Raises:
+      UserError: a parameter that no rule matches, a rule that matches no parameter, a bad regex.
+    """
+    try:
+        patterns = [(re.compile(pattern), value) for pattern, value in rules]
+    except re.error as error:
+        raise UserError(f"{where}: {error.pattern!r} is no regular expression ({error})") from None
+    matched = [False] * len(patterns)
+
+    def value_of(keys, _):
+        path = path_of(keys)
+        first = None
+        for i, (pattern, value) in enumerate(patterns):
+            if pattern.fullmatch(path):
+                matched[i] = True
+                first = value if first is None else first
+        if first is None:
+            raise UserError(f'{where}: no rule matches the parameter {path}; end the list with (".*", value)')
+        return first
+
+    values = jax.tree_util.tree_map_with_path(value_of, params)
+    for (pattern, _), used in zip(rules, matched):
+        if not used:
+            some = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)][:3]
+            raise UserError(f"{where}: {pattern!r} matches no parameter; paths look like {', '.join(some)}")
+    return values
+
+
+def schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """Returns step → learning rate; counted in optimizer steps, 0 for the first."""
+    if optim.warmup >= steps:
+        raise UserError(f"optim.warmup: {optim.warmup} steps leave nothing of the run's {steps}")
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if optim.warmup else optim.learning_rate,
+        optim.learning_rate,
+        optim.warmup,
+        steps,
+        optim.final * optim.learning_rate,
+    )
+
+
+def _scale(values) -> optax.GradientTransformation:
+    """Multiplies each update by its own number."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, v: u * v, updates, values))
+
+
+def _decay(rate: float, values) -> optax.GradientTransformation:
+    """Adds rate · value · parameter to each update: AdamW's decoupled decay."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u, p, v: u + rate * v * p if v else u, updates, params, values)
+    )
+
+
+def trainable(optim: Optim, params):
+    """Returns a tree of bools: False where a rate rule of 0 freezes the parameter."""
+    return jax.tree.map(lambda rate: rate != 0, match(optim.rate_rules, params, "optim.rate_rules"))
+
+
+def make_optimizer(optim: Optim, params, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer for these parameters (arrays or shapes).
+
+    Order: clip → Adam → decay → rate multiplier → schedule; frozen parameters get no update and
+    have no moments, and do not count in the norm that is clipped.
+
+    Raises:
+      UserError: as `match` and `schedule`.
+    """
+    params = nn.unbox(params)
+    rates = match(optim.rate_rules, params, "optim.rate_rules")
+    decays = match(optim.decay_rules, params, "optim.decay_rules")
+    free = jax.tree.map(lambda rate: rate != 0, rates)
+    if not any(jax.tree.leaves(free)):
+        raise UserError("optim.rate_rules: every parameter is frozen; give some a rate above 0")
+    masked = lambda values: jax.tree.map(lambda v, f: v if f else optax.MaskedNode(), values, free)  # noqa: E731
+    chain = optax.chain(
+        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        optax.scale_by_adam(optim.b1, optim.b2, optim.epsilon),
+        _decay(optim.weight_decay, masked(decays)),
+        _scale(masked(rates)),
+        optax.scale_by_learning_rate(schedule(optim, steps)),
+    )
+    labels = jax.tree.map(lambda f: "train" if f else "frozen", free)
+    return optax.partition({"train": chain, "frozen": optax.set_to_zero()}, labels)
+
+
+def ema_update(ema, params, decay: float, step):
+    """Returns the moved average: d · ema + (1 − d) · params, d = min(decay, (1 + step) / (10 + step)).
+
+    The ramp (as in Polyak averaging of short runs) keeps the random start out of short averages.
+    """
+    step = step.astype(jnp.float32)
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)

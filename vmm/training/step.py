@@ -1,0 +1,98 @@
+"""State, and the one train step: jit with shardings, the old state donated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vmm.sharding import batch_sharding, state_shardings
+from vmm.training.optim import Optim, ema_update, make_optimizer, schedule, trainable
+
+
+class State(NamedTuple):
+    """All that a run carries from step to step.
+
+    step: int32 []. params: float32 tree. optimizer: optax state. ema: as params, or () without.
+    """
+
+    step: Any
+    params: Any
+    optimizer: Any
+    ema: Any
+
+
+class Program(NamedTuple):
+    """A run, compiled on demand. shapes, shardings: of State. init: key → State. step: (state, batch) → (state, metrics)."""
+
+    shapes: State
+    shardings: State
+    init: Callable
+    step: Callable
+
+
+def make_program(
+    initialise: Callable, loss: Callable, optim: Optim, *, steps: int, seed: int, mesh: Mesh | None
+) -> Program:
+    """Returns the run's program.
+
+    Args:
+      initialise: key → boxed parameters (as Linen's init gives, axes named).
+      loss: (params, teacher, batch, key) → (scalar, metrics).
+      optim: see Optim. steps: of the whole run, for the schedule.
+      seed: randomness of step t is from (seed, t) alone.
+      mesh: where it runs; None: no shardings, for tracing.
+    """
+    boxed = jax.eval_shape(initialise, jax.random.key(0))
+    optimizer = make_optimizer(optim, boxed, steps)
+    rate = schedule(optim, steps)
+    free = trainable(optim, nn.unbox(boxed))
+
+    def init_boxed(key):
+        params = initialise(key)
+        # Moments mirror the parameters, boxes and all, and so get their shardings.
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params if optim.ema else ())
+
+    def init(key):
+        # The average starts as a copy: one buffer must not be donated twice.
+        return jax.tree.map(jnp.copy, nn.unbox(init_boxed(key)))
+
+    def step(state: State, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def objective(params):
+            params = jax.tree.map(lambda p, f: p if f else jax.lax.stop_gradient(p), params, free)
+            return loss(params, state.ema if optim.ema else params, batch, key)
+
+        (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = ema_update(state.ema, params, optim.ema, state.step) if optim.ema else ()
+        metrics = {
+            "loss": value,
+            **metrics,
+            "gradient_norm": optax.tree.norm(gradient),
+            "learning_rate": rate(state.step),
+        }
+        return State(state.step + 1, params, moments, ema), metrics
+
+    boxed_state = jax.eval_shape(init_boxed, jax.random.key(0))
+    shapes = nn.unbox(boxed_state)
+    if mesh is None:
+        return Program(shapes, None, jax.jit(init), jax.jit(step, donate_argnums=0))
+    shardings = state_shardings(boxed_state, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        shapes,
+        shardings,
+        jax.jit(init, out_shardings=shardings),
+        jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+    )
