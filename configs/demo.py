@@ -32,10 +32,10 @@ def get_config(variant: str = "") -> dict:
             ),
         ),
         objectives=dict(
-            contrast=dict(kind="contrastive", view="clean", weight=1.0, width=width),
-            masked=dict(kind="masked", view="masked", weight=0.5, width=width // 2, depth=1, heads=2),
+            contrast=dict(kind="contrastive", view="clean", weight=1.0, width=width, pooling="attention"),
+            masked=dict(kind="masked", view="masked", weight=0.5, width=width // 2, depth=1, heads=2, standardise=False),
         ),
-        optim=dict(learning_rate=2e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
+        optim=dict(learning_rate=1e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
         evals=world_evals(),
         save_every=10 if small else 100,
         log_every=5 if small else 10,

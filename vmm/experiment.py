@@ -19,13 +19,26 @@ from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
 
+# Keys that may change between a run and its continuation: they leave its numbers alone.
+_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every")
+_FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget")
+
+
+def numbers(config: Mapping) -> dict:
+    """Returns the part of a config that the numbers of its run depend on."""
+    kept = {key: value for key, value in config.items() if key not in _FREE}
+    kept["data"] = {key: value for key, value in config["data"].items() if key not in _FREE_IN_DATA}
+    return kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The groups of a config file. What each holds is said where it is used.
 
     steps, batch: of training; batch is global. seed: of parameters, order, masks. dtype: "float32" or
     "bfloat16", what activations are computed in. save_every, keep: steps between checkpoints, and
-    how many stay. log_every: steps between lines of metrics.
+    how many stay. log_every: steps between lines of metrics. eval_every: steps between evaluations,
+    0: none while training.
     """
 
     steps: int
@@ -42,6 +55,7 @@ class Config:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 10
+    eval_every: int = 0
 
 
 class Experiment:

@@ -63,7 +63,10 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Table lookup: ids [...] → [... D]. Normal init with deviation 0.02."""
+    """Table lookup times √D: ids [...] → [... D] of unit variance at init (Vaswani et al. 2017, sec. 3.4).
+
+    Smaller entries would drown in sin-cos positions, whose variance is near one half.
+    """
 
     entries: int
     width: int
@@ -71,8 +74,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        init = named(nn.initializers.normal(0.02), self.axes)
-        return self.param("table", init, (self.entries, self.width), jnp.float32)[ids]
+        init = named(nn.initializers.normal(self.width**-0.5), self.axes)
+        return self.param("table", init, (self.entries, self.width), jnp.float32)[ids] * self.width**0.5
 
 
 def attention(
@@ -278,3 +281,27 @@ def pool(tokens: Tokens) -> Float[Array, "B D"]:
     """Returns the float32 mean of the valid tokens, zeros where there is none."""
     weight = tokens.valid[..., None].astype(jnp.float32)
     return (tokens.x.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+
+
+class Pool(nn.Module):
+    """One float32 vector [B D] a stream. kind: "mean", or "attention": a learned query attends over
+    the valid tokens (Set Transformer, Lee et al. 2019; the head of SigLIP). Zeros where none is valid."""
+
+    kind: str = "mean"
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> Float[Array, "B D"]:
+        if self.kind == "mean":
+            return pool(tokens)
+        if self.kind != "attention":
+            raise UserError(f"pooling: unknown kind {self.kind!r}; known: attention, mean")
+        x = tokens.x.astype(jnp.float32)
+        query = jnp.broadcast_to(vector(self, "query", (1, x.shape[-1])), (x.shape[0], 1, x.shape[-1]))
+        y = Attention(self.heads, name="attention")(query, x, tokens.valid)[:, 0]
+        return y * tokens.valid.any(1, keepdims=True)
+
+
+def as_float(values: Array) -> Float[Array, "..."]:
+    """Returns patch values as float32: pixels 0 … 255 become −1 … 1, spectrograms stay."""
+    return values.astype(jnp.float32) / 127.5 - 1.0 if values.dtype == jnp.uint8 else values.astype(jnp.float32)

@@ -19,7 +19,8 @@ from vmm.errors import UserError, one_of
 from vmm.fusion import FUSIONS
 from vmm.layers import pool
 from vmm.objectives import OBJECTIVES
-from vmm.types import Batch, Outputs, Tokens
+from vmm.objectives.contrastive import Contrastive
+from vmm.types import Batch, Mask, Outputs, Patches, Tokens
 
 
 class Trunk(nn.Module):
@@ -42,18 +43,20 @@ class Trunk(nn.Module):
     def patches(self, inputs: Mapping, present: Mapping) -> dict:
         """Cuts every input into tokens, valid only where the sample has the stream."""
         result = {}
-        for name, encoder in self.encoder.items():
-            patches = encoder.patches(inputs[name])
+        for name in self.encoder:
+            patches = self.encoder[name].patches(inputs[name])
             result[name] = patches._replace(valid=patches.valid & present[name][:, None])
         return result
 
+    def encode(self, name: str, patches: Patches, mask: Mask | None = None) -> Tokens:
+        """Encodes the shown tokens of one modality."""
+        tokens = self.encoder[name](patches, mask.keep if mask else None)
+        # What is not there is zero from here on, whatever the encoder made of it.
+        return tokens._replace(x=jnp.where(tokens.valid[..., None], tokens.x, 0))
+
     def __call__(self, patches: Mapping, masks: Mapping) -> Outputs:
         """Encodes and fuses the shown tokens. masks: modality → Mask, for those partly hidden."""
-        encoded = {}
-        for name, encoder in self.encoder.items():
-            tokens = encoder(patches[name], masks[name].keep if name in masks else None)
-            # What is not there is zero from here on, whatever the encoder made of it.
-            encoded[name] = Tokens(jnp.where(tokens.valid[..., None], tokens.x, 0), tokens.valid, tokens.at)
+        encoded = {name: self.encode(name, patches[name], masks.get(name)) for name in self.encoder}
         return Outputs(encoded, self.fuse(encoded), dict(patches), dict(masks))
 
 
@@ -93,6 +96,10 @@ class Recipe(nn.Module):
             if objective.view not in self.views:
                 raise UserError(f"objectives.{name}.view: no view {objective.view!r}; {one_of(objective.view, self.views)}")
 
+    def patches(self, batch: Batch) -> dict:
+        """Returns modality → Patches of a batch."""
+        return self.model.patches(batch.inputs, batch.present)
+
     def _look(self, view: str, patches: Mapping, keys: Array) -> Outputs:
         masks = {}
         for name, spec in self.views[view].items():
@@ -103,7 +110,7 @@ class Recipe(nn.Module):
 
     def look(self, batch: Batch, keys: Array, teacher: bool) -> dict:
         """Returns view → Outputs for the views that objectives read and that are (not) a teacher's."""
-        patches = self.model.patches(batch.inputs, batch.present)
+        patches = self.patches(batch)
         wanted = dict.fromkeys(objective.view for objective in self.objective.values())
         return {
             view: self._look(view, patches, keys)
@@ -136,7 +143,7 @@ class Recipe(nn.Module):
         the objectives that read that view speak, and where the tokens they speak of were hidden
         stands under `hidden/<modality>`; masks are drawn from `keys` [B].
         """
-        patches = self.model.patches(batch.inputs, batch.present)
+        patches = self.patches(batch)
         outputs = self.model(patches, {}) if view is None else self._look(view, patches, keys)
         result = {}
         for name, objective in self.objective.items():
@@ -148,6 +155,19 @@ class Recipe(nn.Module):
                 result[f"encoded/{name}"] = pool(outputs.encoded[name])
                 result[f"fused/{name}"] = pool(outputs.fused[name])
         return result
+
+    def embed(self, inputs: Mapping) -> dict:
+        """Returns modality → one vector a clip, for the modalities in `inputs`; no fusion, no other stream.
+
+        The unit embeddings of the first contrastive objective that has the modality, else the mean token.
+        """
+        result = {}
+        for name, array in inputs.items():
+            tokens = self.model.encode(name, self.model.encoder[name].patches(array))
+            heads = [o for o in self.objective.values() if isinstance(o, Contrastive) and name in o.project]
+            result[name] = heads[0].embed(name, tokens) if heads else pool(tokens)
+        return result
+
 
 
 def sample_keys(key: Array, index: Array) -> Array:

@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Array, Int, UInt8
 
 from vmm.errors import UserError
-from vmm.layers import Dense, Positions, Stack, select
+from vmm.layers import Dense, Positions, Stack, as_float, select
 from vmm.types import Patches, Tokens
 
 
@@ -45,8 +45,7 @@ class VideoEncoder(nn.Module):
     def __call__(self, patches: Patches, keep: Int[Array, "B K"] | None) -> Tokens:
         """Encodes the kept tubelets. FLOPs forward: 2 K P D + depth · block(K, D)."""
         values, valid, at = select(patches, keep)
-        x = (values.astype(jnp.float32) / 127.5 - 1.0).astype(self.dtype)
-        x = Dense((self.width,), (None, "embed"), name="embed")(x)
+        x = Dense((self.width,), (None, "embed"), name="embed")(as_float(values).astype(self.dtype))
         x = Positions(self.positions, name="positions")(x, at, patches.grid)
         x = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, name="stack")(x, valid)
         return Tokens(x, valid, at)

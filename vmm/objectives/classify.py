@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vmm import losses
-from vmm.layers import Dense, pool
+from vmm.layers import Dense, Pool
 from vmm.types import Batch, Outputs
 
 
@@ -17,11 +17,14 @@ class Classify(nn.Module):
     streams know only themselves, and the mean of their logits is the classical late fusion.
 
     view, weight: see Recipe. labels: label → number of classes; samples without it do not count.
+    pooling, heads: see layers.Pool.
     """
 
     labels: Mapping[str, int]
     view: str = "clean"
     weight: float = 1.0
+    pooling: str = "mean"
+    heads: int = 4
 
     needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -32,7 +35,7 @@ class Classify(nn.Module):
         count = 0.0
         for stream, tokens in outputs.fused.items():
             there = tokens.valid.any(1).astype(jnp.float32)[:, None]
-            features = pool(tokens)
+            features = Pool(self.pooling, self.heads, name=f"{stream}_pool")(tokens)
             count += there
             for label, classes in self.labels.items():
                 vote = Dense((classes,), ("embed", None), name=f"{stream}_{label}")(features)

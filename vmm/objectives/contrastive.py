@@ -4,11 +4,12 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vmm import losses
 from vmm.errors import UserError
-from vmm.layers import Dense, pool, scalar
-from vmm.types import Batch, Outputs
+from vmm.layers import Dense, Pool, scalar
+from vmm.types import Batch, Outputs, Tokens
 
 
 class Contrastive(nn.Module):
@@ -16,7 +17,7 @@ class Contrastive(nn.Module):
 
     view, weight: see Recipe. pairs: modality pairs, each its own loss, averaged. variant: "softmax"
     or "sigmoid". scale: initial logit scale (1 / temperature), learned, at most `max_scale`.
-    bias: initial logit bias of the sigmoid loss, learned.
+    bias: initial logit bias of the sigmoid loss, learned. pooling, heads: see layers.Pool.
 
     Embeddings are of the encoded streams: after fusion each stream has seen the other, and
     matching them would be trivial.
@@ -30,6 +31,8 @@ class Contrastive(nn.Module):
     scale: float = 1 / 0.07
     max_scale: float = 100.0
     bias: float = -10.0
+    pooling: str = "mean"
+    heads: int = 4
 
     needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -37,6 +40,7 @@ class Contrastive(nn.Module):
         if self.variant not in ("softmax", "sigmoid"):
             raise UserError(f"contrastive: unknown variant {self.variant!r}; known: sigmoid, softmax")
         names = sorted({name for pair in self.pairs for name in pair})
+        self.pool = {name: Pool(self.pooling, self.heads) for name in names}
         self.project = {name: Dense((self.width,), ("embed", None), bias=False) for name in names}
         self.log_scale = scalar(self, "log_scale", math.log(self.scale))
         if self.variant == "sigmoid":
@@ -47,9 +51,11 @@ class Contrastive(nn.Module):
         missing = [name for name in self.project if name not in outputs.encoded]
         if missing:
             raise UserError(f"contrastive: pairs name {missing}, but the view {self.view!r} shows {sorted(outputs.encoded)}")
-        return {
-            name: losses.normalise(project(pool(outputs.encoded[name]))) for name, project in self.project.items()
-        }
+        return {name: self.embed(name, outputs.encoded[name]) for name in self.project}
+
+    def embed(self, name: str, tokens: Tokens) -> Float[Array, "B E"]:
+        """Returns the unit embedding of one stream's encoded tokens."""
+        return losses.normalise(self.project[name](self.pool[name](tokens)))
 
     def features(self, outputs: Outputs, batch: Batch) -> dict:
         """Returns embeddings, and which samples have each."""

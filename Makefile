@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up what they need; PYTHON=python3.12 does the same on another Python.
+PYTHON ?= python3
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+DATA := data/world
+RUN := runs/demo
+
+# The CPU build of JAX, unless an NVIDIA GPU or a TPU is here. JAX_EXTRA=cpu forces it.
+JAX_EXTRA ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda13; \
+	elif ls /dev/accel* >/dev/null 2>&1 || [ -n "$$TPU_NAME$$TPU_WORKER_ID" ]; then echo tpu; else echo cpu; fi)
+EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]>=0.10,<0.13")
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo   the whole way on a synthetic world: data, training, evaluation, publishing, report"
+	@echo "make test   all tests"
+	@echo "make lint   what pre-commit runs"
+	@echo "make clean  removes the environment, the demo's data and run"
+
+# One environment per Python; made again only when what it is made of changes.
+$(BIN)/.ready-$(JAX_EXTRA): requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "vmm needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: use make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: install python3-venv (Debian) and run make again"; exit 1; }
+	@echo "installing into $(VENV) (JAX for $(JAX_EXTRA))"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $(EXTRA) -e .
+	@touch $@
+
+setup: $(BIN)/.ready-$(JAX_EXTRA)
+
+demo: setup
+	@$(BIN)/vmm data world $(DATA)
+	@$(BIN)/vmm train configs/demo.py --workdir $(RUN)
+	@$(BIN)/vmm eval $(RUN)
+	@$(BIN)/vmm publish $(RUN) $(RUN)/published
+	@$(BIN)/vmm report $(RUN) $(foreach study,$(wildcard runs/0001-fusion*/table.json),--ablation $(dir $(study)))
+
+test: setup lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+
+clean:
+	rm -rf .venv* $(DATA) $(RUN)

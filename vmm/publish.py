@@ -1,0 +1,262 @@
+"""vmm publish: a run → a folder in the layout of the Hugging Face Hub; vmm.load: that folder → a model."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+import vmm
+from vmm.build import digest, plain, write_text
+from vmm.data import media, text
+from vmm.data.manifest import manifest_digest
+from vmm.errors import StorageError, UserError
+from vmm.evaluate import grid, show
+from vmm.experiment import Experiment, numbers
+from vmm.model import Recipe
+from vmm.run import Run, commit, open_run, weights
+from vmm.training.metrics import read_rows
+from vmm.weights import load_params, save_params
+
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
+_FORMAT = 1
+_CHUNK = 64  # clips embedded at a time
+
+
+def publish(workdir: str | Path, folder: str | Path, push: str | None = None) -> Path:
+    """Writes model.safetensors, config.json, tokenizer.json and README.md (the model card).
+
+    Args:
+      workdir: of a run. folder: where to write; made whole or not at all.
+      push: repository id on the Hub to upload to ("owner/name"), None: do not.
+
+    Raises:
+      UserError: no run, or the upload was refused. StorageError: the folder cannot be written.
+    """
+    run = open_run(workdir)
+    folder = Path(folder)
+    building = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_params(weights(run.state), building / "model.safetensors", {"step": str(run.step)})
+        write_text(building / "config.json", json.dumps(_published_config(run), indent=2) + "\n")
+        shutil.copyfile(run.experiment.data.tokenizer, building / "tokenizer.json")
+        write_text(building / "README.md", str(model_card(run)))
+        # Only our own files are replaced: a folder may be a clone with a history.
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (building / name).replace(folder / name)
+        building.rmdir()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror}: {error.filename})") from None
+    if push:
+        try:
+            api = HfApi(library_name="vmm", library_version=vmm.__version__)
+            api.create_repo(push, exist_ok=True)
+            api.upload_folder(repo_id=push, folder_path=folder, allow_patterns=list(FILES))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise UserError(f"push {push}: refused ({line}); log in with `hf auth login`; {folder} is whole") from None
+    return folder
+
+
+def _published_config(run: Run) -> dict:
+    c = run.config
+    return {
+        "library_name": "vmm",
+        "format": _FORMAT,
+        "version": vmm.__version__,
+        "step": run.step,
+        "model": {key: c[key] for key in ("trunk", "views", "objectives")},
+        "clip": c["data"].get("clip", {}),
+        "labels": c["data"].get("labels", {}),
+    }
+
+
+def model_card(run: Run) -> ModelCard:
+    """Returns the card; every number in it is read from the run's own records."""
+    metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row and row["step"] <= run.step]
+    evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
+    clip, c = run.experiment.clip, run.experiment.config
+    data = ModelCardData(library_name="vmm", license="apache-2.0", tags=["video", "audio", "text", "jax"])
+    parts = sorted(c.trunk["encoders"])
+    objectives = ", ".join(f"{name} ({spec['kind']})" for name, spec in c.objectives.items())
+    lines = [
+        f"# {run.workdir.name}",
+        "",
+        f"A {' + '.join(parts)} model, fused by `{c.trunk['fusion']['kind']}`, pretrained with vmm.",
+        "",
+        "```python",
+        "import vmm",
+        'model = vmm.load("path/of/this/folder")',
+        f"model.embed({', '.join(_EXAMPLE[name] for name in parts)})",
+        "```",
+        "",
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {run.experiment.parameters():,} |",
+        f"| steps × batch | {run.step} of {c.steps} × {c.batch} clips |",
+        f"| clip | {clip.seconds} s, {clip.frames} frames of {clip.size} × {clip.size}; audio at {clip.sample_rate} Hz |",
+        f"| objectives | {objectives} |",
+        f"| training data | `{run.experiment.data.train}`, manifest SHA-256 `{_digest_or_gone(run.experiment.data.train)}` |",
+        f"| config | `{digest(numbers(run.config))}`, seed {c.seed} |",
+        f"| code | vmm {vmm.__version__}, commit `{commit()}` |",
+    ]
+    if metrics:
+        lines.append(f"| loss | {metrics[0]['loss']:.4f} at step {metrics[0]['step']}, {metrics[-1]['loss']:.4f} at step {metrics[-1]['step']} |")
+    lines += ["", "## Evaluation", ""]
+    if not evals:
+        lines.append("This checkpoint was not evaluated: run `vmm eval` on the run, then publish again.")
+    else:
+        lines.append("Data: " + ", ".join(f"`{name}` (SHA-256 `{value[:12]}`)" for name, value in evals[-1]["data"].items()))
+        for name in run.experiment.evals:
+            values = {k.removeprefix(f"{name}/"): v for k, v in evals[-1]["values"].items() if k.startswith(f"{name}/")}
+            rows, columns, cells, notes = grid(values)
+            lines += ["", f"### {name}", "", "| |" + "|".join(columns) + "|", "|---|" + "---:|" * len(columns)]
+            lines += [f"|{row}|" + "|".join(show(col, cells.get((row, col))) for col in columns) + "|" for row in rows]
+            if notes:
+                lines += ["", ", ".join(f"{key}: {value:g}" for key, value in notes.items())]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+
+
+_EXAMPLE = {"video": 'video="clip.mp4"', "audio": 'audio="clip.mp4"', "text": 'text="what is seen and heard"'}
+
+
+def _digest_or_gone(manifest: str) -> str:
+    return manifest_digest(manifest) if Path(manifest).is_file() else "unknown (the file is gone)"
+
+
+def load_published(source: str) -> "Model":
+    """Returns the model of a published folder or Hub repository; see vmm.load."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _from_hub(str(source))
+    path = folder / "config.json"
+    try:
+        config = plain(json.loads(path.read_text(encoding="utf-8")))
+        known = config["library_name"] == "vmm" and config["format"] == _FORMAT
+        model, clip, labels = config["model"], config["clip"], config["labels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: holds no model published by `vmm publish` (config.json: {error!r})") from None
+    if not known:
+        raise UserError(f"{path}: format {config['format']!r} is not known to vmm {vmm.__version__}; upgrade vmm")
+    # The published part of a config, within a config that trains nothing.
+    experiment = Experiment(
+        {"steps": 1, "batch": 1, **model, "optim": {"ema": 0.9},
+         "data": {"train": "", "tokenizer": str(folder / "tokenizer.json"), "clip": clip, "labels": labels}}
+    )  # fmt: skip
+    params = load_params(folder / "model.safetensors", nn.unbox(experiment.shapes))
+    return Model(experiment, params)
+
+
+def _from_hub(source: str) -> Path:
+    name, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: neither a folder nor a model that can be had from the Hub ({line})") from None
+
+
+class Model:
+    """A published model. recipe, params: the Linen module and its parameters, for use in other code."""
+
+    def __init__(self, experiment: Experiment, params):
+        self.experiment: Experiment = experiment
+        self.recipe: Recipe = experiment.recipe
+        self.params = params
+        self.tokenizer = text.load_tokenizer(experiment.data.tokenizer)
+        self._embed = jax.jit(lambda params, inputs: self.recipe.apply({"params": params}, inputs, method="embed"))
+
+    def embed(self, video=None, audio=None, text=None) -> dict[str, np.ndarray]:
+        """Returns modality → embeddings, for what is given.
+
+        With a contrastive objective these are its unit vectors [n E], comparable across modalities
+        by their dot product; else the encoder's mean tokens [n D].
+
+        Args:
+          video: paths of media files (their middle window is taken), or uint8 arrays [T H W 3].
+          audio: paths of media files, or float arrays [S] at the clip's sample rate.
+          text: strings. Each may be one or a list; lists given together must be of one length.
+
+        Raises:
+          UserError: a file cannot be decoded, an array has another shape, or the model lacks the modality.
+        """
+        given = {"video": video, "audio": audio, "text": text}
+        given = {name: _as_list(value) for name, value in given.items() if value is not None}
+        lacking = set(given) - set(self.experiment.config.trunk["encoders"])
+        if not given or lacking:
+            raise UserError(f"embed: the model takes {sorted(self.experiment.config.trunk['encoders'])}, got {sorted(given)}")
+        lengths = {name: len(value) for name, value in given.items()}
+        if len(set(lengths.values())) != 1 or not all(lengths.values()):
+            raise UserError(f"embed: lists given together must be of one length, got {lengths}")
+        return self._rows(given, len(next(iter(given.values()))))
+
+    def _rows(self, given: Mapping[str, list], count: int) -> dict[str, np.ndarray]:
+        # Full chunks and one power of two: few shapes, so few compilations, whatever the count.
+        results = []
+        for start in range(0, count, _CHUNK):
+            size = min(_CHUNK, count - start)
+            padded = 1 << (size - 1).bit_length()
+            inputs = {}
+            for name, values in given.items():
+                rows = np.stack([getattr(self, f"_{name}")(value) for value in values[start : start + size]])
+                inputs[name] = np.pad(rows, ((0, padded - size), *((0, 0),) * (rows.ndim - 1)))
+            values = jax.device_get(self._embed(self.params, inputs))
+            results.append({name: np.asarray(value[:size], np.float32) for name, value in values.items()})
+        return {name: np.concatenate([result[name] for result in results]) for name in given}
+
+    def _decode(self, path, want: str) -> np.ndarray:
+        clip = self.experiment.clip
+        try:
+            decoded = media.decode(
+                path,
+                pick=lambda length: max(0.0, ((length or 0.0) - clip.seconds) / 2),
+                seconds=clip.seconds,
+                frames=clip.frames,
+                size=clip.size,
+                sample_rate=clip.sample_rate,
+                want=(want,),
+            )
+        except media.DecodeError as error:
+            raise UserError(f"{path}: cannot be decoded ({error})") from None
+        if getattr(decoded, want) is None:
+            raise UserError(f"{path}: has no {want}")
+        return getattr(decoded, want)
+
+    def _video(self, value) -> np.ndarray:
+        if isinstance(value, (str, Path)):
+            return self._decode(value, "video")
+        array, clip = np.asarray(value), self.experiment.clip
+        expected = (clip.frames, clip.size, clip.size, 3)
+        if array.dtype != np.uint8 or array.shape != expected:
+            raise UserError(f"embed: a video array must be uint8 {expected}, got {array.dtype} {array.shape}")
+        return array
+
+    def _audio(self, value) -> np.ndarray:
+        if isinstance(value, (str, Path)):
+            return self._decode(value, "audio")
+        array, samples = np.asarray(value), self.experiment.clip.samples
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"embed: an audio array must be float [S] in [-1, 1], got {array.dtype} {array.shape}")
+        return np.pad(array[:samples].astype(np.float32), (0, max(0, samples - len(array))))
+
+    def _text(self, value) -> np.ndarray:
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"embed: text must be a string that is not empty, got {value!r}")
+        return text.encode(self.tokenizer, value, self.experiment.clip.text_length)
+
+
+def _as_list(value) -> list:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    batched = isinstance(value, np.ndarray) and value.ndim in (2, 5)  # several waveforms, several videos
+    return list(value) if batched else [value]

@@ -1,0 +1,315 @@
+"""vmm report: a run → one self-contained HTML file that shows what it learned; no script, nothing fetched."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from vmm.build import write_text  # noqa: E402
+from vmm.data.loader import evaluation_batches, load_rows  # noqa: E402
+from vmm.data.text import decode_ids, load_tokenizer  # noqa: E402
+from vmm.errors import StorageError, UserError  # noqa: E402
+from vmm.evaluate import Predict, grid, show  # noqa: E402
+from vmm.model import sample_keys  # noqa: E402
+from vmm.run import Run, open_run, weights  # noqa: E402
+from vmm.training.metrics import read_rows  # noqa: E402
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
+td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; } td:first-child, th:first-child { text-align: left; }
+svg, img { max-width: 100%; height: auto; } .clip { margin: 1.2em 0; } .clip img { display: block; width: 100%; image-rendering: pixelated; }
+.right { color: #186a3b; font-weight: 600; } .note { color: #666; }
+"""
+_CLIPS = 6  # shown in the report
+
+
+def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] = ()) -> Path:
+    """Writes report.html and prints a summary; returns the file.
+
+    Raises:
+      UserError: no run there, or no metrics, or an ablation without results.
+    """
+    run = open_run(workdir)
+    out = out or run.workdir / "report.html"
+    metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row]
+    if not metrics:
+        raise UserError(f"{run.workdir}/metrics.jsonl: holds no metrics to draw; train first")
+    evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
+    values = evals[-1]["values"] if evals else {}
+    parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics)]
+    parts += ["<h2>Loss</h2>", _losses(metrics)]
+    retrieval = _first(run, "retrieval")
+    if retrieval and values:
+        parts += ["<h2>Retrieval against chance</h2>", _retrieval(retrieval, values)]
+    if not values:
+        parts.append('<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>')
+    if retrieval:
+        parts += _similarity(run, retrieval)
+        parts += _reconstructions(run, run.experiment.evals[retrieval].data)
+    for name in run.experiment.evals:
+        if name != retrieval and values:
+            parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(name, values)]
+    for folder in ablations:
+        parts += _ablation(folder)
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    try:
+        write_text(out, page)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    _print_summary(run, metrics, retrieval, values)
+    return out
+
+
+def _first(run: Run, kind: str) -> str | None:
+    """Returns the name of the config's first evaluator of a kind."""
+    return next((name for name, spec in run.config["evals"].items() if spec["kind"] == kind), None)
+
+
+# ---- pictures -------------------------------------------------------------------------------------
+
+
+def _svg(figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _png(pixels: np.ndarray, alt: str) -> str:
+    data = io.BytesIO()
+    plt.imsave(data, pixels, format="png")
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _losses(metrics: list[dict]) -> str:
+    names = [key for key in metrics[-1] if "/" not in key and isinstance(metrics[-1][key], float)]
+    skip = {"gradient_norm", "learning_rate", "steps_per_second", "clips_per_second", "input_wait", "mfu", "loss"}
+    total = ["loss", *(name for name in names if name not in skip)]
+    fine = [key for key in metrics[-1] if "/" in key and not key.endswith(("scale", "accuracy"))]
+    figure, axes = plt.subplots(1, 2 if fine else 1, figsize=(10, 3.4), squeeze=False)
+    for axis, keys in zip(axes[0], (total, fine)):
+        for key in keys:
+            rows = [row for row in metrics if row.get(key) is not None]
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key, linewidth=1.2)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _retrieval(name: str, values: dict) -> str:
+    mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
+    rows, columns, cells, notes = grid(mine)
+    chance = notes.get("chance/R@1", 0.0)
+    figure, axis = plt.subplots(figsize=(10, 3.2))
+    place = np.arange(len(rows))
+    for k, (key, shade) in enumerate((("R@10", "#c6dbef"), ("R@5", "#6baed6"), ("R@1", "#08519c"))):
+        axis.bar(place, [100 * cells[row, key] for row in rows], color=shade, label=key, width=0.7, zorder=k)
+    axis.axhline(100 * chance, color="#c0392b", linewidth=1, linestyle="--", label=f"R@1 by chance ({100 * chance:.1f} %)", zorder=5)
+    axis.set_xticks(place, rows)
+    axis.set_ylabel("recall, %")
+    axis.set_ylim(0, 100)
+    axis.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.16))
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure) + _grid_table(name, values)
+
+
+def _grid_table(name: str, values: dict) -> str:
+    mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
+    rows, columns, cells, notes = grid(mine)
+    lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>"]
+    for row in rows:
+        lines.append(
+            f"<tr><td>{html.escape(row)}</td>" + "".join(f"<td>{show(c, cells.get((row, c)))}</td>" for c in columns) + "</tr>"
+        )
+    caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())
+    return f'<table>{"".join(lines)}</table><p class="note">{html.escape(caption)}</p>'
+
+
+def _similarity(run: Run, name: str) -> list[str]:
+    """The similarity matrix of videos and captions, and some clips with their nearest captions."""
+    evaluator = run.experiment.evals[name]
+    predict = Predict(run.experiment, weights(run.state), run.mesh)
+    rows = predict(evaluator.data, "VAT")
+    keys = [f"{evaluator.objective}/{stream}" for stream in ("video", "audio", "text")]
+    if keys[2] not in rows or (keys[0] not in rows and keys[1] not in rows):
+        return []
+    streams = [key for key in keys[:2] if key in rows]
+    complete = np.logical_and.reduce([rows[f"present/{key.rpartition('/')[2]}"] for key in (*streams, keys[2])])
+    texts = rows[keys[2]][complete]
+    figure, axes = plt.subplots(1, len(streams), figsize=(10, 4.4), squeeze=False)
+    for axis, key in zip(axes[0], streams):
+        picture = axis.imshow(rows[key][complete][:64] @ texts[:64].T, cmap="magma", vmin=-0.2, vmax=1)
+        axis.set_xlabel("caption")
+        axis.set_ylabel(key.rpartition("/")[2])
+        figure.colorbar(picture, ax=axis, shrink=0.8, label="cosine")
+    parts = ["<h2>Similarity</h2><p>The first 64 test clips against their captions; the diagonal is the truth.</p>", _svg(figure)]
+    manifest = load_rows(evaluator.data, {})
+    numbers = rows["row"][complete]
+    query = sum(rows[key][complete] for key in streams)
+    scores = query @ texts.T
+    batch = _first_clips(run, evaluator.data, numbers[:_CLIPS])
+    parts.append("<h2>Clips and their nearest captions</h2><p>By the sum of the clip's embeddings; its own caption is green.</p>")
+    for i, video in enumerate(batch.inputs["video"]):
+        lines = []
+        for j in np.argsort(-scores[i])[:3]:
+            text = html.escape(manifest[numbers[j]].captions[0])
+            lines.append(f'<li{" class=right" if j == i else ""}>{text} <span class="note">{scores[i, j] / len(streams):.2f}</span></li>')
+        strip = np.concatenate(list(video), axis=1)
+        parts.append(f'<div class="clip">{_png(strip, manifest[numbers[i]].captions[0])}<ol>{"".join(lines)}</ol></div>')
+    return parts
+
+
+def _first_clips(run: Run, manifest: str, wanted: np.ndarray):
+    """Returns a Batch of the wanted rows of a manifest."""
+    found = {}
+    for batch, numbers in evaluation_batches(manifest, run.experiment.data, run.experiment.clip, batch=32):
+        for place, number in enumerate(numbers):
+            if number in wanted:
+                found[int(number)] = jax.tree.map(lambda leaf, place=place: leaf[place], batch)
+        if len(found) == len(wanted):
+            break
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(found[int(number)] for number in wanted))
+
+
+def _reconstructions(run: Run, manifest: str) -> list[str]:
+    """Originals, what the model was shown of them, and what it made of the rest."""
+    objective = next(((n, s) for n, s in run.config["objectives"].items() if s["kind"] == "masked"), None)
+    if objective is None:
+        return []
+    name, spec = objective
+    recipe, view = run.experiment.recipe, run.experiment.recipe.bind({}).objective[name].view
+    batch = _first_clips(run, manifest, np.arange(_CLIPS))
+    keys = sample_keys(jax.random.key(0), np.arange(_CLIPS))
+    params = {"params": weights(run.state)}
+    said = jax.device_get(jax.jit(lambda p, b: recipe.apply(p, b, view, keys, method="predict"))(params, batch))
+    patches = jax.jit(lambda p, b: {k: v.values for k, v in recipe.apply(p, b, method="patches").items()})(params, batch)
+    patches = jax.device_get(patches)
+    standardised = spec.get("standardise", True)
+    parts = [
+        f"<h2>Masked reconstruction</h2><p>Each clip: the original, what view <code>{html.escape(view)}</code> shows, "
+        "the reconstruction of what it hides" + (" (with the hidden patches' own mean and contrast)" if standardised else "") + ".</p>"
+    ]
+    for stream, draw in (("video", _draw_video), ("audio", _draw_audio)):
+        if f"{name}/{stream}" in said:
+            pictures = [
+                _three(patches[stream][i], said[f"hidden/{stream}"][i], said[f"{name}/{stream}"][i], standardised)
+                for i in range(_CLIPS)
+                if batch.present[stream][i]
+            ][:3]
+            parts += [f'<div class="clip">{draw(run, three)}</div>' for three in pictures]
+    if f"{name}/text" in said:
+        tokenizer = load_tokenizer(run.experiment.data.tokenizer)
+        lines = []
+        for i in range(_CLIPS):
+            ids = batch.inputs["text"][i]
+            if batch.present["text"][i]:
+                guess, blank = ids.copy(), ids.copy()
+                hidden = said["hidden/text"][i]
+                guess[hidden] = np.where(ids[hidden] > 0, said[f"{name}/text"][i].argmax(-1), 0)
+                blank[hidden] = np.where(ids[hidden] > 3, tokenizer.encode(" _").ids[0], ids[hidden])
+                lines.append("<tr>" + "".join(f"<td>{html.escape(decode_ids(tokenizer, t))}</td>" for t in (ids, blank, guess)) + "</tr>")
+        parts.append(f"<table><tr><th>original</th><th>shown (_ hidden)</th><th>reconstruction</th></tr>{''.join(lines)}</table>")
+    return parts
+
+
+def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardised: bool) -> list[np.ndarray]:
+    """Returns original, shown and reconstructed patches [N P], as floats (pixels −1 … 1)."""
+    original = values.astype(np.float32) / 127.5 - 1.0 if values.dtype == np.uint8 else values
+    shown, made = original.copy(), original.copy()
+    shown[hidden] = original.min() if values.dtype != np.uint8 else 0.0
+    if standardised:
+        guess = guess * original[hidden].std(-1, keepdims=True) + original[hidden].mean(-1, keepdims=True)
+    made[hidden] = guess
+    return [original, shown, made]
+
+
+def _draw_video(run: Run, three: list[np.ndarray]) -> str:
+    clip, tubelet = run.experiment.clip, run.experiment.recipe.bind({}).model.encoder["video"].tubelet
+    p, q, r = tubelet
+    grid_shape = (clip.frames // p, clip.size // q, clip.size // r)
+    rows = []
+    for patches in three:
+        video = patches.reshape(*grid_shape, p, q, r, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+        video = video.reshape(clip.frames, clip.size, clip.size, 3)
+        rows.append(np.concatenate(list(np.clip(video / 2 + 0.5, 0, 1)), axis=1))
+    return _png(np.concatenate(rows, axis=0), "original, shown, reconstruction")
+
+
+def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
+    encoder = run.experiment.recipe.bind({}).model.encoder["audio"]
+    frames, bins = encoder.patch
+    across = encoder.bins // bins
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2), sharey=True)
+    low, high = three[0].min(), three[0].max()
+    for axis, patches, title in zip(axes, three, ("original", "shown", "reconstruction")):
+        mel = patches.reshape(-1, across, frames, bins).transpose(0, 2, 1, 3).reshape(-1, encoder.bins)
+        axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, len(mel) * encoder.hop / encoder.sample_rate, 0, encoder.bins))
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("seconds")
+    axes[0].set_ylabel("mel bin")
+    return _svg(figure)
+
+
+def _ablation(folder: Path) -> list[str]:
+    path = folder / "table.json"
+    if not path.is_file():
+        raise UserError(f"ablation {folder}: holds no table.json; run `vmm ablate` first")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table[0])
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>" for line in table)
+    return [
+        f"<h2>Ablation {html.escape(folder.resolve().name)}</h2>",
+        f"<table><tr>{head}</tr>{rows}</table><p class='note'>Accuracy in %, mean ± 95 % interval over seeds.</p>",
+    ]
+
+
+# ---- words ----------------------------------------------------------------------------------------
+
+
+def _speed(metrics: list[dict], key: str, read: Callable = np.median) -> float:
+    values = [row[key] for row in metrics if row.get(key) is not None]
+    return float(read(values[1:] or values))
+
+
+def _summary(run: Run, metrics: list[dict]) -> str:
+    c = run.experiment.config
+    facts = {
+        "model": f"{' + '.join(c.trunk['encoders'])}, fusion {c.trunk['fusion']['kind']}, {run.experiment.parameters():,} parameters",
+        "training": f"step {run.step} of {c.steps}, batch {c.batch}, {_speed(metrics, 'clips_per_second'):.0f} clips/s, "
+        f"{100 * _speed(metrics, 'input_wait'):.1f} % of the time waiting for input",
+        "loss": f"{metrics[0]['loss']:.3f} → {metrics[-1]['loss']:.3f}",
+    }
+    return "<table>" + "".join(f"<tr><td>{key}</td><td style='text-align:left'>{html.escape(value)}</td></tr>" for key, value in facts.items()) + "</table>"
+
+
+def _print_summary(run: Run, metrics: list[dict], retrieval: str | None, values: dict) -> None:
+    table = Table(title=f"{run.workdir}: step {run.step}")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("loss, first → last", f"{metrics[0]['loss']:.3f} → {metrics[-1]['loss']:.3f}")
+    table.add_row("clips/s (median)", f"{_speed(metrics, 'clips_per_second'):.0f}")
+    table.add_row("waiting for input", f"{100 * _speed(metrics, 'input_wait'):.1f} %")
+    if retrieval and values:
+        chance = values.get(f"{retrieval}/chance/R@1", 0.0)
+        for direction in ("V→T", "A→T", "VA→T", "V→A"):
+            value = values.get(f"{retrieval}/{direction}/R@1")
+            if value is not None:
+                clips = int(values[f"{retrieval}/clips"])
+                table.add_row(f"{direction} R@1 over {clips} clips (chance {100 * chance:.1f} %)", f"{100 * value:.1f} %")
+    Console().print(table)

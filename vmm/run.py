@@ -1,0 +1,63 @@
+"""A finished or unfinished run on disk: its config, its newest weights, its records."""
+
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from vmm.build import load_config
+from vmm.errors import UserError
+from vmm.experiment import Experiment
+from vmm.sharding import make_mesh
+from vmm.training.checkpoint import Checkpoints
+from vmm.training.step import State
+
+
+class Run(NamedTuple):
+    """What a workdir holds. params: the weights that are evaluated and published."""
+
+    workdir: Path
+    config: dict
+    experiment: Experiment
+    mesh: Any
+    state: State
+    step: int
+
+
+def open_run(workdir: str | Path) -> Run:
+    """Reads the newest checkpoint of a run.
+
+    Raises:
+      UserError: no run in the workdir, or nothing saved yet.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"run {workdir}: holds no config.json; give the workdir of a `vmm train`")
+    config = load_config(str(workdir / "config.json"))
+    experiment = Experiment(config)
+    mesh = make_mesh(experiment.mesh)
+    program = experiment.program(mesh)
+    checkpoints = Checkpoints(workdir, experiment.config.keep)
+    with jax.set_mesh(mesh):
+        saved = checkpoints.restore(program.shapes, program.shardings)
+    checkpoints.close()
+    return Run(workdir, config, experiment, mesh, saved.state, saved.step)
+
+
+def weights(state: State):
+    """Returns the parameters that are evaluated and published: the running average where there is one."""
+    return state.ema if jax.tree.leaves(state.ema) else state.params
+
+
+def commit() -> str:
+    """Returns the git commit of the code, "+" behind it where it was changed; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args):
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD")[:12] + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,45 @@
+"""Parameter tree ↔ one .safetensors file, named by path with dots."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from vmm.errors import UserError
+
+
+def save_params(params: Mapping, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a parameter tree; "a/b/kernel" is stored as "a.b.kernel"."""
+    flat = {name: np.ascontiguousarray(jax.device_get(value)) for name, value in flatten_dict(params, sep=".").items()}
+    save_file(flat, str(path), metadata={"format": "np", **(metadata or {})})
+
+
+def load_params(path: str | Path, shapes: Mapping) -> dict:
+    """Reads a parameter tree and checks it against the model's.
+
+    Args:
+      path: a .safetensors file. shapes: the model's tree of arrays or shapes.
+
+    Raises:
+      UserError: the file is missing or broken, or names, shapes or dtypes differ (which, by name).
+    """
+    if not Path(path).is_file():
+        raise UserError(f"weights {path}: no such file")
+    try:
+        flat = load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"weights {path}: not a whole safetensors file ({error})") from None
+    wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in flatten_dict(shapes, sep=".").items()}
+    there = {name: (value.shape, value.dtype) for name, value in flat.items()}
+    wrong = sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"weights {path}: {len(wrong)} tensors do not fit the config, the first {name}: "
+            f"file {there.get(name, 'lacks it')}, model {wanted.get(name, 'lacks it')}"
+        )
+    return unflatten_dict(flat, sep=".")
