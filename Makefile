@@ -8,7 +8,7 @@ RUN := runs/demo
 # The CPU build of JAX, unless an NVIDIA GPU or a TPU is here. JAX_EXTRA=cpu forces it.
 JAX_EXTRA ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda13; \
 	elif ls /dev/accel* >/dev/null 2>&1 || [ -n "$$TPU_NAME$$TPU_WORKER_ID" ]; then echo tpu; else echo cpu; fi)
-EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]>=0.10,<0.13")
+EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]")
 
 .PHONY: help setup demo test lint clean
 

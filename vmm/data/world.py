@@ -141,10 +141,10 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
     """Draws the clip, its border lit for 0.25 s from `flash` on: uint8 [T H W 3]."""
     count = round(SECONDS * FPS)
     time = (np.arange(count) / FPS / SECONDS)[:, None, None]
-    centre, reach = SIZE / 2, SIZE * 0.24
-    wobble = rng.uniform(-4, 4, 2)
+    centre, reach = SIZE / 2, SIZE * 0.17
+    wobble = rng.uniform(-2, 2, 2)
     phase = rng.uniform(0, 2 * np.pi)
-    radius = np.full_like(time, SIZE * rng.uniform(0.17, 0.22))
+    radius = np.full_like(time, SIZE * rng.uniform(0.24, 0.28))
     dy, dx = np.full_like(time, wobble[0]), np.full_like(time, wobble[1])
     motion = MOTIONS[labels["motion"]]
     travel = (2 * time - 1) * reach
@@ -154,13 +154,13 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
         dy = travel if motion == "down" else -travel
     elif motion in ("clockwise", "anticlockwise"):
         turn = phase + (1 if motion == "clockwise" else -1) * 2 * np.pi * time
-        dy, dx = reach * 0.8 * np.sin(turn), reach * 0.8 * np.cos(turn)
+        dy, dx = reach * np.sin(turn), reach * np.cos(turn)
     else:
-        radius = SIZE * (0.1 + 0.2 * (time if motion == "growing" else 1 - time))
+        radius = SIZE * (0.12 + 0.24 * (time if motion == "growing" else 1 - time))
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     inside = _inside(SHAPES[labels["shape"]], y - centre - dy, x - centre - dx, radius)
     cover = np.clip(inside + 0.5, 0, 1)[..., None]
-    ground = np.float32(185 if labels["either"] else 45) + rng.uniform(-12, 12, 3).astype(np.float32)
+    ground = np.float32(185 if labels["either"] else 45) + rng.uniform(-6, 6, 3).astype(np.float32)
     colour = np.float32(list(COLOURS.values())[labels["colour"]]) * rng.uniform(0.9, 1.0)
     video = ground * (1 - cover) + colour * cover
     # Two markers light up for 0.5 s each, half a second or more apart.
