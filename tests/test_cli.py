@@ -1,0 +1,79 @@
+"""The command as a newcomer meets it: help, wrong words, exit codes; every message one clear line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from vmm.__main__ import main
+
+
+def vmm(*arguments: str, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "configs/nothing.py", "--workdir", "{tmp}/run"], "configs/nothing.py: no such file"),
+        (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "data.train=no.jsonl"], "no.jsonl: no such file; write a manifest"),
+        (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "batch=13"], "batch: 13 clips do not divide over 8 devices"),
+        (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "mesh.data=3"], "does not fit 8 devices"),
+        (["train", "configs/demo.py:small", "--workdir", "{tmp}/file/run"], "cannot be written"),
+        (["eval", "{tmp}"], "holds no config.json"),
+        (["publish", "{tmp}", "{tmp}/out"], "holds no config.json"),
+        (["ablate", "experiments/none"], "holds no study.py"),
+        (["report", "{tmp}"], "holds no config.json"),
+        (["data", "tokenizer", "{tmp}/no.jsonl", "{tmp}/t.json"], "no.jsonl: no such file"),
+        (["data", "world", "{tmp}/world", "--train", "0"], "at least 1|between 1 clip"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):
+    import re
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    code = main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
+    error = capsys.readouterr().err
+    assert code in (2, 5)
+    assert re.search(message, error)
+    assert error.count("\n") == 1 and error.startswith("vmm: error: ")
+    assert "Traceback" not in error
+
+
+def test_empty_dataset(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert main(["train", f"{ROOT}/configs/demo.py:small", "--workdir", str(tmp_path / "run"), f"data.train={tmp_path}/empty.jsonl"]) == 2
+    assert "holds no clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "x", "--workdri", "y"], ["data"]])
+def test_wrong_flags_exit_2_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: vmm" in capsys.readouterr().err
+
+
+def test_world_and_tokenizer_through_the_command(tmp_path):
+    done = vmm("data", "world", str(tmp_path / "w"), "--train", "6", "--validation", "2", "--test", "2")
+    assert done.returncode == 0, done.stderr
+    assert "10 clips" in done.stdout
+    done = vmm("data", "tokenizer", str(tmp_path / "w" / "train.jsonl"), str(tmp_path / "t.json"), "--vocabulary", "300")
+    assert done.returncode == 0 and "entries from" in done.stdout, done.stderr
+    assert (tmp_path / "t.json").is_file()
+
+
+def test_train_through_the_command_and_overrides_after_flags(world_folder, tmp_path):
+    done = vmm(
+        "train", "configs/demo.py:small", "steps=2", "--workdir", str(tmp_path / "run"), "batch=8", "data.workers=1", "optim.warmup=1",
+        f"data.train={world_folder}/train.jsonl", f"data.tokenizer={world_folder}/tokenizer.json", "log_every=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr and "clips/s" in done.stderr
+    assert "Traceback" not in done.stderr

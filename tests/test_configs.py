@@ -1,0 +1,53 @@
+"""Every file in configs/ builds and traces one train step, full size and small; nothing is computed."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from vmm.build import load_config
+from vmm.experiment import Experiment
+
+FOLDER = Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
+VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "pretrain_base.py": ("", "small"), "pretrain_videomae.py": ("", "small")}
+
+
+def cases():
+    return [(name, variant) for name in NAMES for variant in VARIANTS.get(name, ("",))]
+
+
+@pytest.mark.parametrize(("name", "variant"), cases())
+def test_config_traces_a_train_step(name: str, variant: str, world_folder):
+    config = load_config(f"{FOLDER / name}:{variant}")
+    experiment = Experiment(config)
+    program = experiment.program(None)
+    state, metrics = jax.eval_shape(program.step, program.shapes, experiment.batch_shapes())
+    assert jax.tree.structure(state) == jax.tree.structure(program.shapes)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == "float32"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    for objective in config["objectives"]:
+        assert objective in metrics
+
+
+def test_full_size_is_full_size():
+    experiment = Experiment(load_config(str(FOLDER / "pretrain_base.py")))
+    assert 2.0e8 < experiment.parameters() < 6e8
+    videomae = Experiment(load_config(str(FOLDER / "pretrain_videomae.py")))
+    assert 85e6 < videomae.parameters() < 100e6
+
+
+def test_videomae_flops_are_those_of_the_paper():
+    """VideoMAE-B, 90 % masked: 202 GFLOPs a clip to train, forward and twice that backward."""
+    from vmm.training.metrics import count_flops
+
+    experiment = Experiment(load_config(str(FOLDER / "pretrain_videomae.py")))
+    batch = experiment.batch_shapes(1)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    forward = count_flops(
+        lambda params, batch, keys: experiment.recipe.apply({"params": params}, batch, keys),
+        jax.eval_shape(lambda tree: jax.tree.map(lambda x: x, tree), __import__("flax").linen.unbox(experiment.shapes)),
+        batch,
+        keys,
+    )
+    assert 3 * forward == pytest.approx(202.3e9, rel=0.03)

@@ -1,0 +1,107 @@
+"""One step is the same on 1, 4 and 8 devices and any mesh: loss, gradients, parameters."""
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import small_config
+from vmm.data.loader import Loader
+from vmm.errors import UserError
+from vmm.experiment import Experiment
+from vmm.sharding import MeshShape, check_batch, make_mesh, to_device
+from vmm.training.optim import path_of
+
+MESHES = {"1": (1, 1, 1), "4": (4, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8": (1, 8, 1)}
+
+
+def built(world, mesh: tuple, **changes):
+    experiment = Experiment(small_config(world, **changes))
+    devices = jax.devices()[: int(np.prod(mesh))]
+    return experiment, make_mesh(MeshShape(*mesh), devices)
+
+
+def one_batch(experiment):
+    loader = Loader(experiment.data, experiment.clip, experiment.augment, seed=0, batch=16, start=0, stop=1)
+    batch = next(iter(loader))
+    loader.close()
+    return batch
+
+
+@pytest.fixture(scope="module")
+def reference(world_folder):
+    return {variant: run(world_folder, (1, 1, 1), variant) for variant in ("softmax", "sigmoid")}
+
+
+def run(world, mesh: tuple, variant: str):
+    """Returns loss, gradients and initial parameters on a mesh."""
+    config = small_config(world)
+    objectives = config["objectives"]
+    # A bias near 0 lets every negative count: at -10 a loss that misses them would look right.
+    objectives["contrast"] |= {"variant": variant, "bias": -1.0}
+    experiment, mesh = built(world, mesh, objectives=objectives)
+    program, loss = experiment.program(mesh), experiment.loss()
+    with jax.set_mesh(mesh):
+        state = program.init(jax.random.key(0))
+        batch = to_device(one_batch(experiment), mesh)
+        value, gradient = jax.jit(
+            lambda params, batch: jax.value_and_grad(lambda p: loss(p, p, batch, jax.random.key(1))[0])(params)
+        )(state.params, batch)
+        return float(value), jax.device_get(gradient), jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+def test_loss_and_gradients_agree(name: str, variant: str, world_folder, reference):
+    value, gradient, params = run(world_folder, MESHES[name], variant)
+    expected, expected_gradient, expected_params = reference[variant]
+    assert value == pytest.approx(expected, rel=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, params, expected_params)  # initialisation knows no mesh
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected_gradient))
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected_gradient)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale, err_msg=path_of(path))
+
+
+def test_negatives_are_global(world_folder):
+    """The loss of a batch of 16 on 8 devices is not the mean of losses of 2."""
+    experiment, mesh = built(world_folder, (8, 1, 1))
+    batch = one_batch(experiment)
+    params = jax.jit(experiment.initialise)(jax.random.key(0))
+    params = __import__("flax").linen.unbox(params)
+    loss = jax.jit(lambda batch: experiment.loss()(params, params, batch, jax.random.key(1))[1]["contrast"])
+    whole = float(loss(batch))
+    parts = [float(loss(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch))) for i in range(8)]
+    assert whole > np.mean(parts) + 0.5
+
+
+def test_large_parameters_are_sharded(world_folder):
+    """Under fsdp no matrix stays whole, nor do its moments."""
+    experiment, mesh = built(world_folder, (1, 8, 1))
+    program = experiment.program(mesh)
+    for (path, shape), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(program.shapes), jax.tree.leaves(program.shardings)
+    ):
+        if np.prod(shape.shape) >= 32 * 32:
+            assert not sharding.is_fully_replicated, path_of(path)
+
+
+def test_a_step_compiles_once_and_donates(world_folder):
+    experiment, mesh = built(world_folder, (2, 2, 2))
+    program = experiment.program(mesh)
+    loader = Loader(experiment.data, experiment.clip, experiment.augment, seed=0, batch=16, start=0, stop=4)
+    with jax.set_mesh(mesh):
+        state = program.init(jax.random.key(0))
+        for batch in loader:
+            before = state
+            state, _ = program.step(state, to_device(batch, mesh))
+    loader.close()
+    assert program.step._cache_size() == 1
+    assert int(state.step) == 4
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+
+
+def test_mesh_and_batch_errors():
+    with pytest.raises(UserError, match="8 devices"):
+        make_mesh(MeshShape(3, 1, 1))
+    mesh = make_mesh(MeshShape(4, 2, 1))
+    with pytest.raises(UserError, match="nearest that does is 16"):
+        check_batch(13, mesh, 2)

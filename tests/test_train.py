@@ -1,0 +1,266 @@
+"""A run is a function of its config: straight, killed, stopped or moved to another mesh, the numbers are the same."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT, small_config
+from vmm.build import save_config
+from vmm.errors import DataBudgetError, NumericError, StorageError, UserError
+from vmm.run import open_run
+from vmm.train import train
+from vmm.training.checkpoint import Checkpoints
+from vmm.training.metrics import MetricLog, read_rows
+
+STEPS = 12
+
+
+def run_config(world: Path) -> dict:
+    return small_config(world, steps=STEPS, batch=16, save_every=3, log_every=1)
+
+
+def losses(workdir: Path) -> dict[int, dict]:
+    """Step → everything logged that is not a speed."""
+    speeds = ("steps_per_second", "clips_per_second", "input_wait", "mfu")
+    rows = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are contiguous"
+    return {row["step"]: {key: value for key, value in row.items() if key not in speeds} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def straight(world_folder, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("straight")
+    train(run_config(world_folder), workdir)
+    assert len(losses(workdir)) == STEPS
+    return workdir
+
+
+def command(world: Path, workdir: Path) -> list[str]:
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    config = workdir.parent / f"{workdir.name}.json"
+    save_config(run_config(world), config)
+    return [sys.executable, "-m", "vmm", "train", str(config), "--workdir", str(workdir)]
+
+
+def start(world: Path, workdir: Path, until: int):
+    """Starts a run in a process of its own and returns it once `until` steps are logged."""
+    process = subprocess.Popen(command(world, workdir), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while len(read_rows(workdir / "metrics.jsonl")) < until and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+def assert_same_run(one: Path, two: Path):
+    assert losses(one) == losses(two)
+    states = [open_run(workdir).state for workdir in (one, two)]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+
+
+def test_killed_at_a_random_step_and_started_again(straight, world_folder, tmp_path):
+    workdir = tmp_path / "killed"
+    process = start(world_folder, workdir, random.randint(1, STEPS - 2))
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert len(read_rows(workdir / "metrics.jsonl")) < STEPS
+    train(run_config(world_folder), workdir)
+    assert_same_run(straight, workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_42(number, straight, world_folder, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(world_folder, workdir, 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 42, errors
+    assert f"{signal.Signals(number).name}: saved step" in errors
+    saved = Checkpoints(workdir).latest
+    assert saved == len(read_rows(workdir / "metrics.jsonl")), "the step it stopped at was saved"
+    train(run_config(world_folder), workdir)
+    assert_same_run(straight, workdir)
+
+
+def test_resumes_on_another_mesh(straight, world_folder, tmp_path):
+    workdir = tmp_path / "moved"
+    config = run_config(world_folder)
+    half = config | {"steps": STEPS}
+    process = start(world_folder, workdir, 4)
+    process.kill()
+    process.wait()
+    train(half | {"mesh": dict(data=2, fsdp=2, tensor=2)}, workdir)
+    for step, row in losses(straight).items():
+        assert losses(workdir)[step]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+def test_done_run_is_left_alone(straight, world_folder, capsys):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert train(run_config(world_folder), straight) == {}
+    assert "all 12 steps are done" in capsys.readouterr().out
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluating_while_training_changes_nothing(straight, world_folder, tmp_path):
+    train(run_config(world_folder) | {"eval_every": 5}, tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/retrieval/V→T/R@1" in row] == [5, 10]
+    mine = [row["loss"] for row in rows if "loss" in row]
+    assert mine == [row["loss"] for row in losses(straight).values()]
+
+
+def test_metrics_are_complete(straight):
+    row = read_rows(straight / "metrics.jsonl")[-1]
+    for key in ("loss", "contrast", "masked", "masked/video", "contrast/scale", "gradient_norm", "learning_rate", "clips_per_second", "input_wait"):
+        assert math.isfinite(row[key]), key
+    assert list((straight / "tensorboard").glob("events*"))
+
+
+def test_another_config_in_the_workdir(straight, world_folder):
+    config = run_config(world_folder)
+    config["optim"] = config["optim"] | {"learning_rate": 0.5}
+    with pytest.raises(UserError, match=r"made by another config.*\n.*optim.learning_rate: 0.001 → 0.5"):
+        train(config, straight)
+
+
+def test_two_jobs_in_one_workdir(world_folder, tmp_path):
+    workdir = tmp_path / "locked"
+    process = start(world_folder, workdir, 1)
+    try:
+        with pytest.raises(UserError, match="another job is running in it"):
+            train(run_config(world_folder), workdir)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(world_folder, tmp_path):
+    config = run_config(world_folder)
+    config["optim"] = dict(learning_rate=1e30, warmup=4, clip=0.0)
+    with pytest.raises(NumericError, match="the loss is nan|the loss is inf"):
+        train(config, tmp_path)
+    for step in [Checkpoints(tmp_path).latest]:
+        if step is not None:
+            params = open_run(tmp_path).state.params
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
+
+
+def test_data_budget_ends_the_run_with_the_list(world_folder, tmp_path):
+    lines = (world_folder / "train.jsonl").read_text().splitlines()
+    broken = [json.loads(line) for line in lines]
+    for line in broken:
+        line["path"] = str(world_folder / line["path"])
+    broken[3]["path"] = "not-there.mp4"
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(line) for line in broken))
+    config = run_config(world_folder)
+    config["data"] = config["data"] | {"train": str(tmp_path / "train.jsonl")}
+    with pytest.raises(DataBudgetError, match=r"(?s)1 of 48 files.*1 missing.*not-there.mp4 \(missing\)"):
+        train(config, tmp_path / "run")
+    config["data"] = config["data"] | {"budget": 0.05}
+    assert math.isfinite(train(config, tmp_path / "run")["loss"])
+
+
+def test_full_disk_is_said_and_the_last_checkpoint_stays(straight, world_folder, tmp_path, monkeypatch):
+    """A save that finds no room: one line, exit code 5, and the checkpoint before it restores."""
+    import shutil
+
+    workdir = tmp_path / "full"
+    shutil.copytree(straight, workdir)
+    state = open_run(workdir).state
+    checkpoints = Checkpoints(workdir)
+    usage = shutil.disk_usage(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="MB needed.*checkpoint of step 12 is intact"):
+        checkpoints.save(state, 13, 13 * 16)
+    monkeypatch.undo()
+    checkpoints.close()
+    assert open_run(workdir).step == 12
+
+
+def test_save_while_stepping_keeps_the_saved_numbers(straight, world_folder, tmp_path):
+    """The next step overwrites donated buffers while the save is under way."""
+    run = open_run(straight)
+    program = run.experiment.program(run.mesh)
+    from vmm.data.loader import Loader
+    from vmm.sharding import to_device
+
+    loader = Loader(run.experiment.data, run.experiment.clip, run.experiment.augment, seed=0, batch=16, start=0, stop=4)
+    expected = jax.tree.map(np.array, jax.device_get(run.state))
+    checkpoints = Checkpoints(tmp_path)
+    with jax.set_mesh(run.mesh):
+        state = run.state
+        checkpoints.save(state, 1, 16)
+        for batch in loader:
+            state, _ = program.step(state, to_device(batch, run.mesh))
+        jax.block_until_ready(state)
+        checkpoints.wait()
+        saved = checkpoints.restore(program.shapes, program.shardings)
+    loader.close()
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(saved.state), expected)
+    assert (saved.step, saved.samples) == (1, 16)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 20_000]
+
+
+def test_changed_bytes_are_noticed(straight, tmp_path):
+    """A flipped bit in the stored arrays never loads in silence."""
+    import shutil
+
+    found = 0
+    for trial in range(3):
+        workdir = tmp_path / str(trial)
+        shutil.copytree(straight, workdir)
+        path = random.Random(trial).choice(_files(workdir / "checkpoints" / "12"))
+        data = bytearray(path.read_bytes())
+        data[random.Random(trial).randrange(len(data) // 2, len(data))] ^= 0x10
+        path.write_bytes(bytes(data))
+        try:
+            open_run(workdir)
+        except UserError as error:
+            assert "changed since they were saved" in str(error) or "cannot be read" in str(error)
+            found += 1
+    assert found == 3
+
+
+def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world_folder):
+    from vmm.experiment import Experiment
+
+    config = run_config(world_folder)
+    config["objectives"]["contrast"] |= {"width": 48}
+    other = Experiment(config).program(None)
+    checkpoints = Checkpoints(straight)
+    with pytest.raises(UserError, match=r"(?s)does not fit this model.*params/objective_contrast/project_audio/kernel: \(\(32, 32\)"):
+        checkpoints.restore(other.shapes, None)
+    checkpoints.close()
+
+
+def test_keeps_the_newest_checkpoints(straight):
+    kept = sorted(int(path.name) for path in (straight / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == [9, 12]
+
+
+def test_metric_log_cuts_what_a_dead_run_wrote_after_its_checkpoint(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    log = MetricLog(tmp_path, 3)
+    log.write(4, {"loss": float("nan")})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, None)]
