@@ -47,6 +47,6 @@ def get_config(variant: str = "") -> dict:
         ),
         optim=dict(learning_rate=1e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
         evals=world_evals(),
-        save_every=10 if small else 100,
+        save_every=10 if small else 250,
         log_every=5 if small else 10,
     )

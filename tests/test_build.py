@@ -42,7 +42,8 @@ def test_build_errors(spec, message):
 
 
 def test_overrides():
-    config = load_config(DEMO, ["optim.learning_rate=3e-4", "trunk.fusion.kind=joint", "trunk.fusion.scan=true", "mesh.data=-1"][:3])
+    config = load_config(DEMO, ["optim.learning_rate=3e-4", "trunk.fusion.kind=joint", "trunk.fusion.scan=true", "mesh.fsdp=2"])
+    assert config["mesh"] == {"fsdp": 2}
     assert config["optim"]["learning_rate"] == 3e-4
     assert config["trunk"]["fusion"]["kind"] == "joint"
     assert config["trunk"]["fusion"]["scan"] is True
@@ -54,8 +55,11 @@ def test_overrides():
     ("override", "message"),
     [
         ("steps", "key=value"),
-        ("stepz=3", r"stepz: no such key; did you mean 'steps'"),
-        ("optm.warmup=3", r"optm: no such group in the config; did you mean 'optim'"),
+        ("stepz=3", r"config.stepz: no such key; did you mean 'steps'"),
+        ("optm.warmup=3", r"config.optm: no such key; did you mean 'optim'"),
+        ("steps.more=3", r"steps is a value \(20\), not a group"),
+        ("mesh.dta=2", r"mesh.dta: no such key; did you mean 'data'"),
+        ("trunk.encoder.video.width=2", r"trunk.encoder: no such key; did you mean 'encoders'"),
         ("optim.warmpu=3", r"optim.warmpu: no such key; did you mean 'warmup'"),
         ("trunk.fusion.kind=jiont", r"trunk.fusion.kind: unknown kind 'jiont'; did you mean 'joint'"),
         ("trunk.encoders.video.widht=8", r"trunk.encoders.video.widht: no such key; did you mean 'width'"),
@@ -64,7 +68,7 @@ def test_overrides():
         ("data.clip.sise=3", r"data.clip.sise: no such key; did you mean 'size'"),
         ("data.clip.frames=0", "must be positive"),
         ("views.masked.video.kind=tubes", r"unknown mask 'tubes'; did you mean 'tube'"),
-        ("views.masked.video.ratio=0.999", "must hide some and show some"),
+        ("views.masked.video.ratio=0.001", "must hide some and show some"),
         ("objectives.contrast.view=cleen", r"no view 'cleen'; did you mean 'clean'"),
         ("objectives.masked.view=clean", "hides nothing of 'video'"),
         ("objectives.contrast.variant=hinge", "unknown variant 'hinge'; known: sigmoid, softmax"),

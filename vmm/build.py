@@ -40,7 +40,7 @@ def make(cls: type, spec: Mapping, where: str, **given):
     for key, value in spec.items():
         if key not in known:
             raise UserError(f"{where}.{key}: no such key; {one_of(key, known)}")
-        if not is_bearable(value, hints[key], conf=_TYPES):
+        if not _fits(value, hints[key]):
             expected = getattr(hints[key], "__name__", str(hints[key]))
             raise UserError(f"{where}.{key}: expected {expected}, got {value!r}")
     for name in known:
@@ -49,6 +49,16 @@ def make(cls: type, spec: Mapping, where: str, **given):
         if required and name not in spec:
             raise UserError(f"{where}.{name}: missing; give it a value in the config")
     return cls(**spec, **given)
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of a type; beartype looks at one random item of a container, this at all."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and inner[-1:] == (...,) and isinstance(value, tuple):
+        return all(_fits(item, inner[0]) for item in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items())
+    return is_bearable(value, hint, conf=_TYPES)
 
 
 def build(table: Mapping[str, type], spec: Mapping, where: str, **given):
@@ -88,7 +98,7 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
       The config as nested dicts and tuples.
 
     Raises:
-      UserError: no such file or variant, or an override that names no group of the config.
+      UserError: no such file, or an override that is not key=value or reaches into a value.
     """
     path, _, variant = reference.partition(":")
     file = Path(path)
@@ -134,17 +144,15 @@ def _override(config: dict, override: str) -> None:
     *groups, last = key.split(".")
     group = config
     for depth, name in enumerate(groups):
-        if not isinstance(group.get(name), dict):
-            where = ".".join(groups[: depth + 1])
-            raise UserError(f"{where}: no such group in the config; {one_of(name, group)}")
-        group = group[name]
+        # A group or key that the file leaves to its defaults may be named; whether it exists is
+        # for the schema to say, with the list of what does.
+        group = group.setdefault(name, {})
+        if not isinstance(group, dict):
+            raise UserError(f"{override}: {'.'.join(groups[: depth + 1])} is a value ({group!r}), not a group of keys")
     try:
         value = plain(ast.literal_eval(text))
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    # At the top every key is in the file; deeper, a field's default may stand in the code.
-    if not groups and last not in config:
-        raise UserError(f"{key}: no such key; {one_of(key, config)}")
     group[last] = value
 
 

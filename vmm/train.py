@@ -91,8 +91,7 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
                     speed = clock.lap(step)
                     if step % c.log_every == 0 or step == c.steps:
                         log.write(step, last | speed)
-                    left = (c.steps - step) / speed["steps_per_second"]
-                    line.show(step, last["loss"], speed["clips_per_second"], left)
+                    line.show(step, last["loss"], speed["clips_per_second"], clock.left(c.steps - step))
                 if saving:
                     checkpoints.save(state, step, step * c.batch)
                 if c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping:
@@ -120,6 +119,7 @@ class _Clock:
     def __init__(self, batch: int, flops: int):
         self.batch, self.flops, self.peak = batch, flops, peak_flops()
         self.since, self.at, self.waited = time.perf_counter(), None, 0.0
+        self.lasted, self.steps = 0.0, 0
 
     class _Waiting:
         def __init__(self, clock):
@@ -143,8 +143,14 @@ class _Clock:
         speed = {"steps_per_second": rate, "clips_per_second": rate * self.batch, "input_wait": self.waited / elapsed}
         if self.peak:
             speed["mfu"] = rate * self.flops / self.peak
+        if self.at is not None:  # the first lap is mostly compilation
+            self.lasted, self.steps = self.lasted + elapsed, self.steps + steps
         self.since, self.at, self.waited = now, step, 0.0
         return speed
+
+    def left(self, steps: int) -> float:
+        """Returns the seconds that so many steps take, at the run's mean pace."""
+        return steps * self.lasted / max(self.steps, 1)
 
 
 def _agree(asked: str | None) -> bool:

@@ -143,7 +143,6 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
     time = (np.arange(count) / FPS / SECONDS)[:, None, None]
     centre, reach = SIZE / 2, SIZE * 0.17
     wobble = rng.uniform(-2, 2, 2)
-    phase = rng.uniform(0, 2 * np.pi)
     radius = np.full_like(time, SIZE * rng.uniform(0.24, 0.28))
     dy, dx = np.full_like(time, wobble[0]), np.full_like(time, wobble[1])
     motion = MOTIONS[labels["motion"]]
@@ -153,7 +152,7 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
     elif motion in ("up", "down"):
         dy = travel if motion == "down" else -travel
     elif motion in ("clockwise", "anticlockwise"):
-        turn = phase + (1 if motion == "clockwise" else -1) * 2 * np.pi * time
+        turn = -np.pi / 2 + (1 if motion == "clockwise" else -1) * 2 * np.pi * time
         dy, dx = reach * np.sin(turn), reach * np.cos(turn)
     else:
         radius = SIZE * (0.12 + 0.24 * (time if motion == "growing" else 1 - time))
