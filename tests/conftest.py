@@ -1,8 +1,24 @@
-"""What several test files share."""
+"""Eight virtual CPU devices, shape-checked modules, one small world for all tests."""
 
+import os
+import sys
 from pathlib import Path
 
-import pytest
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+# Before JAX starts: devices to shard over, and compiled programs kept between runs.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jaxtyping  # noqa: E402
+
+# Annotated shapes of the model side are checked at every call.
+CHECKED = ["vmm.layers", "vmm.losses", "vmm.masking", "vmm.encoders", "vmm.objectives"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+import pytest  # noqa: E402
 
 WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
 
@@ -15,3 +31,15 @@ def world_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     world.generate(folder, WORLD_SIZES)
     return folder
+
+
+def small_config(world: Path, **changes) -> dict:
+    """The demo's small variant on the test world, with groups replaced by `changes`."""
+    from vmm.build import load_config
+
+    config = load_config(str(ROOT / "configs" / "demo.py") + ":small")
+    config["data"] |= {"train": f"{world}/train.jsonl", "tokenizer": f"{world}/tokenizer.json", "workers": 0}
+    config["data"]["clip"] = dict(seconds=2.0, frames=4, size=24, sample_rate=16000, text_length=24)
+    config["evals"] = {"retrieval": dict(kind="retrieval", data=f"{world}/test.jsonl", objective="contrast")}
+    config["trunk"]["encoders"]["video"]["tubelet"] = (2, 12, 12)
+    return config | changes
