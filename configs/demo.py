@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> dict:
         data=world_data(),
         trunk=dict(
             encoders=dict(
-                video=dict(kind="video", tubelet=(2, 12, 12), **encoder),
+                video=dict(kind="video", tubelet=(8, 8, 8), **encoder),
                 audio=dict(kind="audio", bins=64, patch=(8, 64), **encoder),
                 text=dict(kind="text", vocabulary=512, **encoder),
             ),
@@ -43,7 +43,9 @@ def get_config(variant: str = "") -> dict:
                 pooling="attention",
                 pairs=(("video", "text"), ("audio", "text")),
             ),
-            masked=dict(kind="masked", view="masked", weight=0.5, width=width // 2, depth=1, heads=2, standardise=False),
+            masked=dict(
+                kind="masked", view="masked", weight=0.5, width=width // 2, depth=1, heads=2, standardise=False
+            ),
         ),
         optim=dict(learning_rate=1e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
         evals=world_evals(),

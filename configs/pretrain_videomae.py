@@ -26,14 +26,20 @@ def get_config(variant: str = "") -> dict:
         mesh=dict(data=-1, fsdp=1),
         trunk=dict(
             encoders=dict(
-                video=dict(kind="video", tubelet=(2, 16, 16), width=width, depth=depth, heads=heads, scan=True, remat=True)
+                video=dict(
+                    kind="video", tubelet=(2, 16, 16), width=width, depth=depth, heads=heads, scan=True, remat=True
+                )
             ),
             fusion=dict(kind="late", width=width, depth=0, heads=heads),
         ),
         views=dict(masked=dict(video=dict(kind="tube", ratio=0.75 if small else 0.9))),
         objectives=dict(
             pixels=dict(
-                kind="masked", modalities=("video",), width=32 if small else 384, depth=1 if small else 4, heads=2 if small else 6
+                kind="masked",
+                modalities=("video",),
+                width=32 if small else 384,
+                depth=1 if small else 4,
+                heads=2 if small else 6,
             )
         ),
         optim=dict(learning_rate=6e-4, warmup=5 if small else 9350, weight_decay=0.05),

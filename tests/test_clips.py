@@ -28,7 +28,12 @@ GOOD = catalogue(CLIPS / "catalogue.csv")
 
 
 # What these clips hold, as their own pictures and sound: one flat colour; digital silence.
-FLAT = {"media__long_180p_av1.mp4", "media__edit_list_positive_shift.mp4", "media__sample_av1.mkv", "media__silent-black-10s.mp4"}
+FLAT = {
+    "media__long_180p_av1.mp4",
+    "media__edit_list_positive_shift.mp4",
+    "media__sample_av1.mkv",
+    "media__silent-black-10s.mp4",
+}
 SILENT = {
     "media__long_180p_av1.mp4", "media__edit_list_positive_shift.mp4", "media__sample_12_5fps_720p_1s.mp4",
     "media__midroll-5s.mp4", "media__silent-black-10s.mp4", "moviepy__no_duration.webm", "moviepy__transparent.webm",

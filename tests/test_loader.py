@@ -1,6 +1,7 @@
 """Manifest → batches: a pure function of (seed, step), whatever the workers, hosts, caches and broken files."""
 
 import json
+import pickle
 from pathlib import Path
 
 import av
@@ -544,7 +545,10 @@ def test_evaluation_shows_each_row_once(tones, tmp_path, batch, hosts):
 
 def test_evaluation_never_leaves_a_row_out_when_hosts_do_not_divide_the_batch(tones):
     try:
-        parts = [list(evaluation_batches(tones / "all.jsonl", tone_data(tones), CLIP, batch=6, host=h, hosts=4)) for h in range(4)]
+        parts = [
+            list(evaluation_batches(tones / "all.jsonl", tone_data(tones), CLIP, batch=6, host=h, hosts=4))
+            for h in range(4)
+        ]
     except UserError:
         return
     assert sorted(int(n) for part in parts for one, rows in part for n in rows[one.valid]) == list(range(COUNT))
@@ -560,7 +564,9 @@ def test_evaluation_is_without_randomness(world_folder):
     data = world_data(world_folder, augment=dict(crop=0.5, flip=True, drop=0.9))
     one, two = ([batch for batch, _ in evaluation_batches(data.train, data, WORLD_CLIP, batch=16)] for _ in range(2))
     assert_same(one, two)
-    assert np.array_equal(one[0].inputs["video"][0], Samples(read_manifest(data.train), data, WORLD_CLIP, PLAIN, 5)(0, 4, 0)["video"])
+    assert np.array_equal(
+        one[0].inputs["video"][0], Samples(read_manifest(data.train), data, WORLD_CLIP, PLAIN, 5)(0, 4, 0)["video"]
+    )
 
 
 # Manifests.
@@ -657,7 +663,9 @@ def test_a_caption_may_hold_any_line_separator_of_unicode(tmp_path, separator):
     if separator == "\x0c":  # JSON asks for control characters to be escaped
         path.write_text(json.dumps({"path": "a.mp4", "caption": f"one{separator}two"}) + "\n")
     else:
-        path.write_text(json.dumps({"path": "a.mp4", "caption": f"one{separator}two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"path": "a.mp4", "caption": f"one{separator}two"}, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     assert read_manifest(path)[0].captions == (f"one{separator}two",)
 
 
@@ -727,7 +735,9 @@ def test_encode_pads_and_cuts(tokenizer):
     assert text.encode(tokenizer, "", 4).tolist() == [start, end, 0, 0]
 
 
-@pytest.mark.parametrize("caption", ["number one two", "the tone of zero nine sounds", "a word it never saw: Ærøskøbing 東京 🙂"])
+@pytest.mark.parametrize(
+    "caption", ["number one two", "the tone of zero nine sounds", "a word it never saw: Ærøskøbing 東京 🙂"]
+)
 def test_encode_round_trips(tokenizer, caption):
     assert text.decode_ids(tokenizer, text.encode(tokenizer, caption, 120)) == caption.lower()
 
@@ -737,6 +747,13 @@ def test_a_caption_cannot_spell_special_tokens(tokenizer):
     length = int(np.flatnonzero(ids)[-1]) + 1
     assert (ids[:length] > 0).all()  # no padding in the middle
     assert (ids == tokenizer.token_to_id(text.END)).sum() == 1
+
+
+def test_captions_are_encoded_alike_in_worker_processes(tones):
+    rows = [row._replace(captions=("one <pad> two </s> three",)) for row in read_manifest(tones / "all.jsonl")]
+    samples = Samples(rows, tone_data(tones), CLIP, PLAIN, 0)
+    sent = pickle.loads(pickle.dumps(samples))
+    assert np.array_equal(sent(0, 0, 0)["text"], samples(0, 0, 0)["text"])
 
 
 def test_padding_is_zero_and_the_vocabulary_keeps_its_limit():

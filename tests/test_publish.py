@@ -24,6 +24,7 @@ from vmm.training.metrics import read_rows
 def run(world_folder, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "small"
     config = small_config(world_folder, steps=4, save_every=2, log_every=1)
+    config["optim"] |= {"warmup": 1}
     config["evals"] |= {"probe": dict(kind="probe", train=f"{world_folder}/train.jsonl", data=f"{world_folder}/test.jsonl", subsets=("V", "VAT"))}
     train(config, workdir)
     evaluate(workdir)

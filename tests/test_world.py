@@ -236,7 +236,8 @@ def test_a_broken_record_is_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sizes": {"train": 200_000}}, {"sizes": {"train": 0}}, {"missing": 1.5}, {"missing": -0.1}, {"sizes": {}}]
+    "wrong",
+    [{"sizes": {"train": 200_000}}, {"sizes": {"train": 0}}, {"missing": 1.5}, {"missing": -0.1}, {"sizes": {}}],
 )
 def test_sizes_that_cannot_be_are_an_error(tmp_path, wrong):
     with pytest.raises(UserError, match="a world has"):
@@ -405,7 +406,7 @@ def test_beats_come_when_the_rhythm_says(sounding):
         beats = world.RHYTHMS[world.FACTS["rhythm"][labels["rhythm"]]]
         if world.TIMBRES[labels["timbre"]] not in ("whistle", "clarinet", "buzzer") or len(beats) < 4:
             continue
-        spectrum = np.abs(spectrogram_power(got.audio, list(world.PITCHES.values())[labels["pitch"]]))
+        spectrum = loudness(got.audio, list(world.PITCHES.values())[labels["pitch"]])
         gaps = [spectrum[round((beat + 0.01) * 100) : round((beat + 0.1) * 100)].max() for beat in beats]
         assert min(gaps) > 0.5 * max(gaps)
         for beat in beats[1:]:  # a short rest stands before each beat
@@ -415,7 +416,7 @@ def test_beats_come_when_the_rhythm_says(sounding):
     assert checked > 5
 
 
-def spectrogram_power(wave: np.ndarray, pitch: float) -> np.ndarray:
+def loudness(wave: np.ndarray, pitch: float) -> np.ndarray:
     """How loud the pitch is in each hundredth of a second (windows of 20 ms)."""
     time = np.arange(len(wave)) / world.RATE
     carried = wave * np.exp(-2j * np.pi * pitch * time)
@@ -450,13 +451,14 @@ def test_order(decoded):
 
 
 def flash_time(video: np.ndarray) -> float:
-    """When the border changes: its brightness against its own median."""
+    """When the border changes: the first frame that is far from the border's own median."""
     border = np.concatenate([video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], 1).mean((1, 2))
-    return float(np.abs(border - np.median(border)).argmax()) / world.FPS
+    change = np.abs(border - np.median(border))
+    return float(np.flatnonzero(change > change.max() / 2)[0]) / world.FPS
 
 
-def click_time(wave: np.ndarray, pitch: float) -> list[float]:
-    """Moments of noise over the whole spectrum, the strongest first."""
+def click_time(wave: np.ndarray, pitch: float) -> float:
+    """The middle of the loudest noise between the overtones of the pitch."""
     frames = np.lib.stride_tricks.sliding_window_view(wave, 320)[::80] * np.hanning(320)
     hertz = np.fft.rfftfreq(320, 1 / world.RATE)
     spectrum = np.abs(np.fft.rfft(frames, axis=1))

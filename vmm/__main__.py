@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw a run as one self-contained HTML file")
     report.add_argument("run", type=Path, help="workdir of a run")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
-    report.add_argument("--ablation", type=Path, action="append", default=[], help="results of a `vmm ablate` to include")
+    report.add_argument(
+        "--ablation", type=Path, action="append", default=[], help="results of a `vmm ablate` to include"
+    )
 
     data = commands.add_parser("data", help="make datasets").add_subparsers(dest="data", required=True, metavar="WHAT")
     world = data.add_parser("world", help="write the synthetic world: mp4 files whose labels are known")
@@ -46,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument("--validation", type=int, default=288, help="default %(default)s")
     world.add_argument("--test", type=int, default=288, help="default %(default)s")
     world.add_argument("--seed", type=int, default=0)
-    world.add_argument("--missing", type=float, default=1 / 9, help="share of clips without sound or caption (default 1/9)")
+    world.add_argument(
+        "--missing", type=float, default=1 / 9, help="share of clips without sound or caption (default 1/9)"
+    )
     tokenizer = data.add_parser("tokenizer", help="train a byte-pair tokenizer on a manifest's captions")
     tokenizer.add_argument("manifest", type=Path)
     tokenizer.add_argument("out", type=Path)

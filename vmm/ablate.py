@@ -111,7 +111,12 @@ def costs(config: Mapping) -> dict:
     with jax.set_mesh(mesh):
         flops = jax.jit(forward).lower(program.shapes.params, batch).cost_analysis()["flops"]
         memory = program.step.lower(program.shapes, batch).compile().memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {"parameters": experiment.parameters(), "flops": flops / experiment.config.batch, "peak_bytes": peak}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -71,9 +71,7 @@ class Predict:
                 keep = values.pop("valid")
                 parts[subset].append({key: value[keep] for key, value in values.items()})
         for subset, pieces in parts.items():
-            self.memory[manifest, subset] = {
-                key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]
-            }
+            self.memory[manifest, subset] = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
 
 def _whole(values: Mapping) -> dict:
@@ -162,7 +160,9 @@ def print_tables(experiment: Experiment, values: Mapping[str, float]) -> None:
 
 def grid(values: Mapping[str, float]) -> tuple[list, list, dict, dict]:
     """Parts "row/column" names: returns (rows, columns, {(row, column): value}, the rest)."""
-    cells = {tuple(key.split("/", 1)): value for key, value in values.items() if "/" in key and not key.startswith("chance")}
+    cells = {
+        tuple(key.split("/", 1)): value for key, value in values.items() if "/" in key and not key.startswith("chance")
+    }
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     return rows, columns, cells, {key: value for key, value in values.items() if tuple(key.split("/", 1)) not in cells}

@@ -18,7 +18,6 @@ from vmm.training.optim import Optim
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
-
 # Keys that may change between a run and its continuation: they leave its numbers alone.
 _FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every")
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget")

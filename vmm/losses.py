@@ -48,7 +48,7 @@ def contrastive_sigmoid(
 ) -> Float[Array, ""]:
     """Pairwise sigmoid loss of unit embeddings (SigLIP, Zhai et al. 2023, eq. 1), over the valid pairs.
 
-        −(1/n) Σ_i Σ_j log σ(z_ij (s a_i·b_j + bias)),  z_ij = 1 where i = j, else −1
+    −(1/n) Σ_i Σ_j log σ(z_ij (s a_i·b_j + bias)),  z_ij = 1 where i = j, else −1
     """
     logits = scale * first @ second.T + bias
     sign = 2.0 * jnp.eye(len(logits)) - 1.0

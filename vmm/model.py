@@ -74,9 +74,7 @@ class Recipe(nn.Module):
 
     def setup(self):
         self.model = build({"trunk": Trunk}, {"kind": "trunk", **self.trunk}, "trunk", dtype=self.dtype)
-        self.objective = {
-            name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in self.objectives.items()
-        }
+        self.objective = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in self.objectives.items()}
         self._check()
 
     def _check(self) -> None:
@@ -87,14 +85,20 @@ class Recipe(nn.Module):
                 if key == "teacher":
                     continue
                 if key not in self.trunk["encoders"]:
-                    raise UserError(f"views.{view}.{key}: no such modality; {one_of(key, [*self.trunk['encoders'], 'teacher'])}")
+                    raise UserError(
+                        f"views.{view}.{key}: no such modality; {one_of(key, [*self.trunk['encoders'], 'teacher'])}"
+                    )
                 if set(value) != {"kind", "ratio"}:
                     raise UserError(f"views.{view}.{key}: a mask has a kind and a ratio, got {sorted(value)}")
                 if value["kind"] not in masking.MASKS:
-                    raise UserError(f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}")
+                    raise UserError(
+                        f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}"
+                    )
         for name, objective in self.objective.items():
             if objective.view not in self.views:
-                raise UserError(f"objectives.{name}.view: no view {objective.view!r}; {one_of(objective.view, self.views)}")
+                raise UserError(
+                    f"objectives.{name}.view: no view {objective.view!r}; {one_of(objective.view, self.views)}"
+                )
 
     def patches(self, batch: Batch) -> dict:
         """Returns modality → Patches of a batch."""
@@ -169,7 +173,6 @@ class Recipe(nn.Module):
         return result
 
 
-
 def sample_keys(key: Array, index: Array) -> Array:
     """Returns one key per sample, from its own index: the same in any batch, on any device."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
@@ -202,9 +205,7 @@ def loss_function(recipe: Recipe, accumulate: int = 1) -> Callable:
                 lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
             )
             part = jax.checkpoint(lambda parts: features(params, teacher, *parts))
-            value = jax.tree.map(
-                lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(part, parts)
-            )
+            value = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
         return recipe.apply({"params": params}, value, method="loss")
 
     return loss

@@ -111,12 +111,16 @@ def model_card(run: Run) -> ModelCard:
         f"| code | vmm {vmm.__version__}, commit `{commit()}` |",
     ]
     if metrics:
-        lines.append(f"| loss | {metrics[0]['loss']:.4f} at step {metrics[0]['step']}, {metrics[-1]['loss']:.4f} at step {metrics[-1]['step']} |")
+        lines.append(
+            f"| loss | {metrics[0]['loss']:.4f} at step {metrics[0]['step']}, {metrics[-1]['loss']:.4f} at step {metrics[-1]['step']} |"
+        )
     lines += ["", "## Evaluation", ""]
     if not evals:
         lines.append("This checkpoint was not evaluated: run `vmm eval` on the run, then publish again.")
     else:
-        lines.append("Data: " + ", ".join(f"`{name}` (SHA-256 `{value[:12]}`)" for name, value in evals[-1]["data"].items()))
+        lines.append(
+            "Data: " + ", ".join(f"`{name}` (SHA-256 `{value[:12]}`)" for name, value in evals[-1]["data"].items())
+        )
         for name in run.experiment.evals:
             values = {k.removeprefix(f"{name}/"): v for k, v in evals[-1]["values"].items() if k.startswith(f"{name}/")}
             rows, columns, cells, notes = grid(values)
@@ -194,7 +198,9 @@ class Model:
         given = {name: _as_list(value) for name, value in given.items() if value is not None}
         lacking = set(given) - set(self.experiment.config.trunk["encoders"])
         if not given or lacking:
-            raise UserError(f"embed: the model takes {sorted(self.experiment.config.trunk['encoders'])}, got {sorted(given)}")
+            raise UserError(
+                f"embed: the model takes {sorted(self.experiment.config.trunk['encoders'])}, got {sorted(given)}"
+            )
         lengths = {name: len(value) for name, value in given.items()}
         if len(set(lengths.values())) != 1 or not all(lengths.values()):
             raise UserError(f"embed: lists given together must be of one length, got {lengths}")

@@ -55,7 +55,9 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     if retrieval and values:
         parts += ["<h2>Retrieval against chance</h2>", _retrieval(retrieval, values)]
     if not values:
-        parts.append('<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>')
+        parts.append(
+            '<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>'
+        )
     if retrieval:
         parts += _similarity(run, retrieval)
         parts += _reconstructions(run, run.experiment.evals[retrieval].data)
@@ -120,7 +122,14 @@ def _retrieval(name: str, values: dict) -> str:
     place = np.arange(len(rows))
     for k, (key, shade) in enumerate((("R@10", "#c6dbef"), ("R@5", "#6baed6"), ("R@1", "#08519c"))):
         axis.bar(place, [100 * cells[row, key] for row in rows], color=shade, label=key, width=0.7, zorder=k)
-    axis.axhline(100 * chance, color="#c0392b", linewidth=1, linestyle="--", label=f"R@1 by chance ({100 * chance:.1f} %)", zorder=5)
+    axis.axhline(
+        100 * chance,
+        color="#c0392b",
+        linewidth=1,
+        linestyle="--",
+        label=f"R@1 by chance ({100 * chance:.1f} %)",
+        zorder=5,
+    )
     axis.set_xticks(place, rows)
     axis.set_ylabel("recall, %")
     axis.set_ylim(0, 100)
@@ -135,7 +144,9 @@ def _grid_table(name: str, values: dict) -> str:
     lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>"]
     for row in rows:
         lines.append(
-            f"<tr><td>{html.escape(row)}</td>" + "".join(f"<td>{show(c, cells.get((row, c)))}</td>" for c in columns) + "</tr>"
+            f"<tr><td>{html.escape(row)}</td>"
+            + "".join(f"<td>{show(c, cells.get((row, c)))}</td>" for c in columns)
+            + "</tr>"
         )
     caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())
     return f'<table>{"".join(lines)}</table><p class="note">{html.escape(caption)}</p>'
@@ -158,20 +169,29 @@ def _similarity(run: Run, name: str) -> list[str]:
         axis.set_xlabel("caption")
         axis.set_ylabel(key.rpartition("/")[2])
         figure.colorbar(picture, ax=axis, shrink=0.8, label="cosine")
-    parts = ["<h2>Similarity</h2><p>The first 64 test clips against their captions; the diagonal is the truth.</p>", _svg(figure)]
+    parts = [
+        "<h2>Similarity</h2><p>The first 64 test clips against their captions; the diagonal is the truth.</p>",
+        _svg(figure),
+    ]
     manifest = load_rows(evaluator.data, {})
     numbers = rows["row"][complete]
     query = sum(rows[key][complete] for key in streams)
     scores = query @ texts.T
     batch = _first_clips(run, evaluator.data, numbers[:_CLIPS])
-    parts.append("<h2>Clips and their nearest captions</h2><p>By the sum of the clip's embeddings; its own caption is green.</p>")
+    parts.append(
+        "<h2>Clips and their nearest captions</h2><p>By the sum of the clip's embeddings; its own caption is green.</p>"
+    )
     for i, video in enumerate(batch.inputs["video"]):
         lines = []
         for j in np.argsort(-scores[i])[:3]:
             text = html.escape(manifest[numbers[j]].captions[0])
-            lines.append(f'<li{" class=right" if j == i else ""}>{text} <span class="note">{scores[i, j] / len(streams):.2f}</span></li>')
+            lines.append(
+                f'<li{" class=right" if j == i else ""}>{text} <span class="note">{scores[i, j] / len(streams):.2f}</span></li>'
+            )
         strip = np.concatenate(list(video), axis=1)
-        parts.append(f'<div class="clip">{_png(strip, manifest[numbers[i]].captions[0])}<ol>{"".join(lines)}</ol></div>')
+        parts.append(
+            f'<div class="clip">{_png(strip, manifest[numbers[i]].captions[0])}<ol>{"".join(lines)}</ol></div>'
+        )
     return parts
 
 
@@ -198,12 +218,16 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
     keys = sample_keys(jax.random.key(0), np.arange(_CLIPS))
     params = {"params": weights(run.state)}
     said = jax.device_get(jax.jit(lambda p, b: recipe.apply(p, b, view, keys, method="predict"))(params, batch))
-    patches = jax.jit(lambda p, b: {k: v.values for k, v in recipe.apply(p, b, method="patches").items()})(params, batch)
+    patches = jax.jit(lambda p, b: {k: v.values for k, v in recipe.apply(p, b, method="patches").items()})(
+        params, batch
+    )
     patches = jax.device_get(patches)
     standardised = spec.get("standardise", True)
     parts = [
         f"<h2>Masked reconstruction</h2><p>Each clip: the original, what view <code>{html.escape(view)}</code> shows, "
-        "the reconstruction of what it hides" + (" (with the hidden patches' own mean and contrast)" if standardised else "") + ".</p>"
+        "the reconstruction of what it hides"
+        + (" (with the hidden patches' own mean and contrast)" if standardised else "")
+        + ".</p>"
     ]
     for stream, draw in (("video", _draw_video), ("audio", _draw_audio)):
         if f"{name}/{stream}" in said:
@@ -223,8 +247,14 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
                 hidden = said["hidden/text"][i]
                 guess[hidden] = np.where(ids[hidden] > 0, said[f"{name}/text"][i].argmax(-1), 0)
                 blank[hidden] = np.where(ids[hidden] > 3, tokenizer.encode(" _").ids[0], ids[hidden])
-                lines.append("<tr>" + "".join(f"<td>{html.escape(decode_ids(tokenizer, t))}</td>" for t in (ids, blank, guess)) + "</tr>")
-        parts.append(f"<table><tr><th>original</th><th>shown (_ hidden)</th><th>reconstruction</th></tr>{''.join(lines)}</table>")
+                lines.append(
+                    "<tr>"
+                    + "".join(f"<td>{html.escape(decode_ids(tokenizer, t))}</td>" for t in (ids, blank, guess))
+                    + "</tr>"
+                )
+        parts.append(
+            f"<table><tr><th>original</th><th>shown (_ hidden)</th><th>reconstruction</th></tr>{''.join(lines)}</table>"
+        )
     return parts
 
 
@@ -259,7 +289,15 @@ def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
     low, high = three[0].min(), three[0].max()
     for axis, patches, title in zip(axes, three, ("original", "shown", "reconstruction")):
         mel = patches.reshape(-1, across, frames, bins).transpose(0, 2, 1, 3).reshape(-1, encoder.bins)
-        axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=(0, len(mel) * encoder.hop / encoder.sample_rate, 0, encoder.bins))
+        axis.imshow(
+            mel.T,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=low,
+            vmax=high,
+            extent=(0, len(mel) * encoder.hop / encoder.sample_rate, 0, encoder.bins),
+        )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("seconds")
     axes[0].set_ylabel("mel bin")
@@ -272,7 +310,9 @@ def _ablation(folder: Path) -> list[str]:
         raise UserError(f"ablation {folder}: holds no table.json; run `vmm ablate` first")
     table = json.loads(path.read_text(encoding="utf-8"))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table[0])
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>" for line in table)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>" for line in table
+    )
     return [
         f"<h2>Ablation {html.escape(folder.resolve().name)}</h2>",
         f"<table><tr>{head}</tr>{rows}</table><p class='note'>Accuracy in %, mean ± 95 % interval over seeds.</p>",
@@ -295,7 +335,14 @@ def _summary(run: Run, metrics: list[dict]) -> str:
         f"{100 * _speed(metrics, 'input_wait'):.1f} % of the time waiting for input",
         "loss": f"{metrics[0]['loss']:.3f} → {metrics[-1]['loss']:.3f}",
     }
-    return "<table>" + "".join(f"<tr><td>{key}</td><td style='text-align:left'>{html.escape(value)}</td></tr>" for key, value in facts.items()) + "</table>"
+    return (
+        "<table>"
+        + "".join(
+            f"<tr><td>{key}</td><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for key, value in facts.items()
+        )
+        + "</table>"
+    )
 
 
 def _print_summary(run: Run, metrics: list[dict], retrieval: str | None, values: dict) -> None:
@@ -311,5 +358,7 @@ def _print_summary(run: Run, metrics: list[dict], retrieval: str | None, values:
             value = values.get(f"{retrieval}/{direction}/R@1")
             if value is not None:
                 clips = int(values[f"{retrieval}/clips"])
-                table.add_row(f"{direction} R@1 over {clips} clips (chance {100 * chance:.1f} %)", f"{100 * value:.1f} %")
+                table.add_row(
+                    f"{direction} R@1 over {clips} clips (chance {100 * chance:.1f} %)", f"{100 * value:.1f} %"
+                )
     Console().print(table)

@@ -19,6 +19,7 @@ from vmm.training.checkpoint import Checkpoints
 from vmm.training.metrics import MetricLog, ProgressLine, count_flops, peak_flops
 from vmm.training.runtime import RunLock, StopSignal, open_workdir, use_compilation_cache
 
+
 def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
     """Trains, or goes on with, the run in `workdir`; returns the metrics of its last step.
 
@@ -51,7 +52,9 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
             saved = checkpoints.restore(program.shapes, program.shardings)
             state, start = saved.state, saved.step
             if saved.samples != start * c.batch:
-                raise UserError(f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}")
+                raise UserError(
+                    f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
+                )
         if start >= c.steps:
             print(f"{workdir}: all {c.steps} steps are done; raise `steps` or choose another workdir to train on")
             checkpoints.close()
@@ -99,7 +102,9 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
                     log.write(step, {f"eval/{key}": value for key, value in values.items()})
                 if stopping and step < c.steps:
                     checkpoints.wait()
-                    raise Preempted(f"{stop.asked}: saved step {step} of {c.steps}; the same command goes on from there")
+                    raise Preempted(
+                        f"{stop.asked}: saved step {step} of {c.steps}; the same command goes on from there"
+                    )
             checkpoints.wait()
         finally:
             loader.close()

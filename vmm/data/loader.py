@@ -130,6 +130,10 @@ class Samples:
         self.tokenizer = text.load_tokenizer(data.tokenizer)
         self.cache = _Cache(data.cache)
 
+    def __setstate__(self, state: dict):  # in a worker process
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True  # pickling forgets it
+
     def __call__(self, position: int, epoch: int, row: int) -> dict:
         """Returns the sample; a row that cannot be decoded is replaced by another, and flagged.
 
@@ -296,7 +300,9 @@ class Loader:
         if data.workers and count:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags when it starts processes
-            iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+            iterable = iterable.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+            )
         self.iterator = iter(iterable)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -359,6 +365,8 @@ def evaluation_batches(
     that exist.
     """
     rows = load_rows(manifest, data.labels)
+    if batch % hosts:
+        raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
     samples = Samples(rows, data, clip, None, 0)
     local = batch // hosts
     steps = -(-len(rows) // batch)
@@ -380,7 +388,9 @@ class _Exam:
         extra = {"index": np.int32(row), "failed": np.int32(-1), "reason": np.int32(-1)}
         if row < len(rows):
             try:
-                return self.samples._sample(rows[row], row, np.random.default_rng(0)) | extra | {"valid": np.bool_(True)}
+                return (
+                    self.samples._sample(rows[row], row, np.random.default_rng(0)) | extra | {"valid": np.bool_(True)}
+                )
             except media.DecodeError as error:
                 extra |= {"failed": np.int32(row), "reason": np.int32(media.REASONS.index(error.reason))}
         return extra | {

@@ -9,6 +9,7 @@ Only `path` is required.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,12 @@ def read_manifest(path: str | Path) -> list[Row]:
             "or make the synthetic world with `vmm data world`"
         )
     rows, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"dataset {path}: not UTF-8 text ({error})") from None
+    # Not splitlines(): a caption may hold U+2028 or U+0085.
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             row = _row(line, f"dataset {path}, line {number}", path.parent)
             if row.id in seen:
@@ -67,7 +73,9 @@ def _row(line: str, where: str, folder: Path) -> Row:
             raise UserError(f"{where}: no such key {key!r}; {one_of(key, _KEYS)}")
     for key in ("start", "end"):
         bound = value.get(key)
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound < 0):
+        if bound is not None and (
+            isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf
+        ):
             raise UserError(f"{where}: {key} must be seconds, got {bound!r}")
     start, end = value.get("start"), value.get("end")
     if end is not None and end <= (start or 0.0):
@@ -80,7 +88,7 @@ def _row(line: str, where: str, folder: Path) -> Row:
     if not isinstance(labels, dict) or not all(type(item) is int and item >= -1 for item in labels.values()):
         raise UserError(f"{where}: labels must be name → class index (-1: unknown), got {labels!r}")
     return Row(
-        id=str(value.get("id", value["path"])),
+        id=str(value["path"] if value.get("id") is None else value["id"]),
         path=str(folder / value["path"]),
         start=start,
         end=end,

@@ -5,6 +5,7 @@ playlist; a limit bounds the pixels of a frame; every way in which a broken file
 into one `DecodeError` with a reason.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,6 +22,7 @@ _FORMATS = (
 )
 _MAX_PIXELS = 8192 * 8192
 _MAX_SECONDS = 1e7  # a duration above this (116 days) is a broken header
+_LANDS_LATE = 10.0  # seconds by which a seek may miss in a container without an index
 _PREROLL = 0.25  # seconds of sound decoded before the window, for codecs with overlap
 
 
@@ -33,6 +35,10 @@ class DecodeError(Exception):
 
 
 REASONS = ("missing", "unreadable", "undecodable", "no streams", "no frames", "too large")
+
+
+# Every way in which a broken file fails.
+_BROKEN = (av.FFmpegError, OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError)
 
 
 class Crop(NamedTuple):
@@ -92,18 +98,24 @@ def decode(
             if not container.streams.video and not container.streams.audio:
                 raise DecodeError("no streams")
             start = max(0.0, float(pick(_duration(container))))
-            video = audio = None
+            video = audio = failed = None
             if "video" in want and container.streams.video:
-                video = _video(container, start, seconds, frames, size, crop)
-                if video is None and start > 0:
-                    # The header promised more than there is: the beginning stands in.
-                    start = 0.0
+                try:
                     video = _video(container, start, seconds, frames, size, crop)
+                    if video is None and start > 0:
+                        # The header promised more than there is: the beginning stands in.
+                        start = 0.0
+                        video = _video(container, start, seconds, frames, size, crop)
+                except _BROKEN as error:  # the sound may still be good
+                    failed = error
             if "audio" in want and container.streams.audio:
-                audio = _audio(container, start, seconds, sample_rate)
-    except av.FFmpegError as error:
-        raise DecodeError(_reason(error), str(error)) from None
-    except (OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError) as error:
+                try:
+                    audio = _audio(container, start, seconds, sample_rate)
+                except _BROKEN as error:
+                    failed = failed or error
+            if video is None and audio is None and failed:
+                raise failed
+    except _BROKEN as error:
         raise DecodeError(_reason(error), str(error)) from None
     if video is None and audio is None:
         raise DecodeError("no frames")
@@ -111,11 +123,15 @@ def decode(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, MemoryError):
+        return "too large"
+    if isinstance(error, av.FFmpegError):  # its classes share names with the errors of files
+        return "undecodable"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return "missing"
     if isinstance(error, (PermissionError, IsADirectoryError)):
         return "unreadable"
-    return "too large" if isinstance(error, MemoryError) else "undecodable"
+    return "undecodable"
 
 
 class _opened:
@@ -158,15 +174,20 @@ def _duration(container) -> float | None:
 def _frames(container, stream, start: float):
     """Yields the stream's frames from at or before `start` on; an error after the first frame ends them."""
     context = stream.codec_context
+    if context is None:
+        raise ValueError("no decoder knows this stream")
     if not context.is_open:
         stream.thread_type = "NONE"  # the pipeline runs in parallel over clips
         context.thread_count = 1
         context.options = {"max_pixels": str(_MAX_PIXELS)}
-    target = start + _origin(container)
+    # MPEG-TS and program streams have no index: a seek lands after the key frame that is needed.
+    early = _LANDS_LATE if container.format.name in ("mpegts", "mpeg") else 0.0
+    target = start + _origin(container) - early
     try:
         container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
     except av.FFmpegError:
-        container.seek(0)
+        with contextlib.suppress(av.FFmpegError):
+            container.seek(0)
     some = False
     try:
         for packet in container.demux(stream):
@@ -222,7 +243,7 @@ def _audio(container, start: float, seconds: float, sample_rate: int):
     samples = round(seconds * sample_rate)
     wave = np.zeros(samples, np.float32)
     resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
-    heard, place = False, None
+    heard, place, kind = False, None, None
 
     def put(pieces):
         nonlocal heard, place
@@ -239,6 +260,10 @@ def _audio(container, start: float, seconds: float, sample_rate: int):
             if place is None:
                 place = round((time - start) * sample_rate)
             frame.pts = None  # the sound is contiguous from its first frame on
+            if kind not in (None, (frame.format.name, frame.layout.name, frame.sample_rate)):
+                put(resampler.resample(None))  # another format from here on
+                resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
+            kind = frame.format.name, frame.layout.name, frame.sample_rate
             put(resampler.resample(frame))
             if place >= samples:
                 break

@@ -41,6 +41,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
     if tokenizer.token_to_id(PAD) != 0:
         raise UserError(f"tokenizer {path}: id 0 must be {PAD!r}; make one with `vmm data tokenizer`")
+    for token in (START, END):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"tokenizer {path}: has no {token!r}; make one with `vmm data tokenizer`")
+    tokenizer.encode_special_tokens = True  # a caption that spells <pad> means the letters
     return tokenizer
 
 

@@ -223,7 +223,14 @@ def write_clip(path: Path, seed: int, combination: int, with_sound: bool) -> Non
         seen.width, seen.height, seen.pix_fmt = SIZE, SIZE, "yuv420p"
         seen.time_base = Fraction(1, FPS)
         seen.thread_type = "NONE"
-        seen.options = {"preset": "veryfast", "crf": "21", "tune": "fastdecode", "g": str(FPS), "threads": "1"}
+        seen.options = {
+            "preset": "veryfast",
+            "crf": "21",
+            "tune": "fastdecode",
+            "g": str(FPS),
+            "threads": "1",
+            "x264-params": "mbtree=0",
+        }
         heard = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000) if with_sound else None
         for i, picture in enumerate(video):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -272,16 +279,23 @@ def generate(
     folder = Path(folder)
     settings = {"format": 1, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
     total = int(np.prod([len(values) for values in FACTS.values()]))
-    if sum(sizes.values()) > total or min(sizes.values()) < 1 or not 0 <= missing <= 1:
-        raise UserError(f"a world has between 1 clip a split and {total} in all, and missing is in [0, 1]; got {settings}")
+    if sum(sizes.values()) > total or min(sizes.values(), default=0) < 1 or not 0 <= missing <= 1:
+        raise UserError(
+            f"a world has between 1 clip a split and {total} in all, and missing is in [0, 1]; got {settings}"
+        )
     record = folder / "world.json"
     if record.exists():
         try:
             there = json.loads(record.read_text())
-        except ValueError:
-            raise UserError(f"{record}: not valid JSON; remove the folder {folder} and generate it again") from None
+            there["settings"], there["complete"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{record}: not the record of a world; remove the folder {folder} and generate it again"
+            ) from None
         if there["settings"] != settings:
-            raise UserError(f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it")
+            raise UserError(
+                f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it"
+            )
         if there["complete"]:
             return
     folder.mkdir(parents=True, exist_ok=True)

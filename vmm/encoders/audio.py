@@ -27,9 +27,7 @@ def mel_filters(bins: int, transform: int, sample_rate: int) -> np.ndarray:
     return np.maximum(0.0, np.minimum(rise, fall)).astype(np.float32)
 
 
-def log_mel(
-    wave: Float[Array, "B S"], bins: int, window: int, hop: int, sample_rate: int
-) -> Float[Array, "B F M"]:
+def log_mel(wave: Float[Array, "B S"], bins: int, window: int, hop: int, sample_rate: int) -> Float[Array, "B F M"]:
     """Returns the log-mel spectrogram, F = S // hop frames; frame f begins at sample f · hop.
 
     Power of the Hann-windowed Fourier transform, summed by mel filter, natural logarithm floored

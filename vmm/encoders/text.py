@@ -1,7 +1,6 @@
 """Token ids [B L] → tokens: a bidirectional Transformer (BERT, Devlin et al. 2019, pre-norm)."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from vmm.layers import Embed, Positions, Stack, select

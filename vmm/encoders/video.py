@@ -49,4 +49,3 @@ class VideoEncoder(nn.Module):
         x = Positions(self.positions, name="positions")(x, at, patches.grid)
         x = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, name="stack")(x, valid)
         return Tokens(x, valid, at)
-

@@ -41,7 +41,9 @@ class Classification:
             rows = predict(self.data, subset)
             if rows is None:
                 continue
-            shown = np.logical_or.reduce([rows[f"present/{name}"] for name in SUBSETS[subset] if f"present/{name}" in rows])
+            shown = np.logical_or.reduce(
+                [rows[f"present/{name}"] for name in SUBSETS[subset] if f"present/{name}" in rows]
+            )
             for key, logits in rows.items():
                 objective, _, label = key.partition("/")
                 if objective == self.objective:

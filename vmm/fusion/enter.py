@@ -28,9 +28,7 @@ class Leave(nn.Module):
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        return {
-            name: tokens._replace(x=LayerNorm(name=f"norm_{name}")(tokens.x)) for name, tokens in streams.items()
-        }
+        return {name: tokens._replace(x=LayerNorm(name=f"norm_{name}")(tokens.x)) for name, tokens in streams.items()}
 
 
 def join(streams: Streams) -> tuple:

@@ -50,7 +50,9 @@ class Contrastive(nn.Module):
         """Returns modality → unit embeddings float32 [B E]; a lacking stream's is zero."""
         missing = [name for name in self.project if name not in outputs.encoded]
         if missing:
-            raise UserError(f"contrastive: pairs name {missing}, but the view {self.view!r} shows {sorted(outputs.encoded)}")
+            raise UserError(
+                f"contrastive: pairs name {missing}, but the view {self.view!r} shows {sorted(outputs.encoded)}"
+            )
         return {name: self.embed(name, outputs.encoded[name]) for name in self.project}
 
     def embed(self, name: str, tokens: Tokens) -> Float[Array, "B E"]:

@@ -61,7 +61,9 @@ class Checkpoints:
             note = {"samples": samples, "digest": digests(state)}
             self.pending = self.orbax.save_async(step, state._asdict(), force=True, custom_metadata=note)
             if not self.pending:
-                raise StorageError(f"{self.folder}: a checkpoint of step {step} or later is there already; move it away")
+                raise StorageError(
+                    f"{self.folder}: a checkpoint of step {step} or later is there already; move it away"
+                )
         except OSError as error:
             raise StorageError(self._full(error)) from None
 
@@ -75,7 +77,9 @@ class Checkpoints:
                 raise StorageError(self._full(error)) from None
 
     def _full(self, why) -> str:
-        kept = f"the checkpoint of step {self.latest} is intact" if self.latest is not None else "there is none before it"
+        kept = (
+            f"the checkpoint of step {self.latest} is intact" if self.latest is not None else "there is none before it"
+        )
         reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
         return f"{self.folder}: the checkpoint could not be saved ({reason}); {kept}; free space and run the same command again"
 
@@ -98,12 +102,16 @@ class Checkpoints:
                 one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
                 shardings = jax.tree.map(lambda _: one, shapes)
             target = jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                shapes,
+                shardings,
             )
             state = State(**self.orbax.load(step, target._asdict()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.folder}/{step}: cannot be read ({line}); remove that folder to go on from the one before") from None
+            raise UserError(
+                f"{self.folder}/{step}: cannot be read ({line}); remove that folder to go on from the one before"
+            ) from None
         note = meta.custom_metadata or {}
         wrong = [path for path, value in digests(state).items() if note.get("digest", {}).get(path, value) != value]
         if wrong:

@@ -93,7 +93,9 @@ class MetricLog:
                 if value is not None:
                     self.board.add_scalar(key, value, step)
         except OSError as error:
-            raise StorageError(f"{self.file.name}: cannot be written ({error}); free space and run the same command again") from None
+            raise StorageError(
+                f"{self.file.name}: cannot be written ({error}); free space and run the same command again"
+            ) from None
 
     def close(self) -> None:
         """Closes the files."""

@@ -28,7 +28,9 @@ def open_workdir(workdir: Path) -> None:
         (workdir / ".write").touch()
         (workdir / ".write").unlink()
     except OSError as error:
-        raise StorageError(f"workdir {workdir}: cannot be written ({error.strerror}); choose another or free space") from None
+        raise StorageError(
+            f"workdir {workdir}: cannot be written ({error.strerror}); choose another or free space"
+        ) from None
 
 
 class RunLock:
@@ -43,7 +45,9 @@ class RunLock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
-            raise UserError(f"workdir {self.path.parent}: another job is running in it; wait for it or choose another") from None
+            raise UserError(
+                f"workdir {self.path.parent}: another job is running in it; wait for it or choose another"
+            ) from None
         return self
 
     def __exit__(self, *_):

@@ -14,7 +14,7 @@ from vmm.errors import UserError
 
 def save_params(params: Mapping, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a parameter tree; "a/b/kernel" is stored as "a.b.kernel"."""
-    flat = {name: np.ascontiguousarray(jax.device_get(value)) for name, value in flatten_dict(params, sep=".").items()}
+    flat = {name: np.asarray(jax.device_get(value), order="C") for name, value in flatten_dict(params, sep=".").items()}
     save_file(flat, str(path), metadata={"format": "np", **(metadata or {})})
 
 
