@@ -14,6 +14,7 @@ def world_data(root: str = "data/world", **changes) -> dict:
         tokenizer=f"{root}/tokenizer.json",
         clip=dict(seconds=2.0, frames=8, size=48, sample_rate=16000, text_length=24),
         labels=WORLD_LABELS,
+        workers=1,
         cache=1_000_000_000,
     )
     return data | changes

@@ -102,7 +102,8 @@ def arguments(floats: dict, others: dict) -> list:
 
 def on_device(value):
     value = np.asarray(value)
-    return jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else value.dtype)
+    narrow = {"f": np.float32, "i": np.int32}
+    return jnp.asarray(value.astype(narrow.get(value.dtype.kind, value.dtype)))
 
 
 def differences(function, floats: dict, others: dict, place: int) -> np.ndarray:
@@ -145,9 +146,7 @@ def test_hand_numbers():
     np.testing.assert_allclose(losses.normalise(jnp.array([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
     # Two equal logits: ln 2. One ahead by ln 3: −ln ¾.
     logits = jnp.array([[0.0, 0.0], [np.log(3.0), 0.0]], jnp.float32)
-    np.testing.assert_allclose(
-        losses.cross_entropy(logits, jnp.array([1, 0])), [np.log(2), np.log(4 / 3)], rtol=1e-6
-    )
+    np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array([1, 0])), [np.log(2), np.log(4 / 3)], rtol=1e-6)
     # Two orthogonal pairs at scale ln 3: each query gives its own 3 / (3 + 1).
     eye = jnp.eye(2)
     value = losses.contrastive_softmax(eye, eye, jnp.ones(2, bool), jnp.float32(np.log(3.0)))

@@ -6,6 +6,7 @@ state: to resume, start at another step, with any number of workers or hosts.
 """
 
 import dataclasses
+import gc
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -244,6 +245,10 @@ def stack(samples: list[dict]) -> dict:
     }
 
 
+def _copied(sample: dict) -> dict:
+    return {key: _copied(value) if isinstance(value, dict) else np.array(value) for key, value in sample.items()}
+
+
 def to_batch(sample: Mapping, valid: np.ndarray | None = None) -> Batch:
     """Returns the stacked samples as a Batch, all rows valid unless told otherwise."""
     rows = len(sample["index"])
@@ -287,7 +292,7 @@ class Loader:
         rows = load_rows(data.train, data.labels)
         if batch % hosts:
             raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
-        self.rows, self.budget, self.bad = rows, data.budget, {}
+        self.rows, self.budget, self.bad, self.workers = rows, data.budget, {}, data.workers
         local = batch // hosts
         samples = Samples(rows, data, clip, augment, seed)
         place = _Place(samples, seed, batch, slice(host * local, (host + 1) * local), start)
@@ -308,7 +313,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for sample in self.iterator:
             self._account(sample["failed"], sample["reason"])
-            yield to_batch(sample)
+            # What a worker process gives lies in shared memory, which must be free when it ends.
+            yield to_batch(_copied(sample) if self.workers else sample)
 
     def _account(self, failed: np.ndarray, reason: np.ndarray) -> None:
         for row, why in zip(failed.tolist(), reason.tolist()):
@@ -321,9 +327,11 @@ class Loader:
             )
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stops reading ahead; the loader cannot be iterated after it."""
         if hasattr(self.iterator, "close"):
             self.iterator.close()
+        self.iterator = iter(())
+        gc.collect()  # Grain's iterator is a cycle that holds the last batches' shared memory
 
 
 def load_rows(manifest: str | Path, labels: Mapping) -> list[Row]:
