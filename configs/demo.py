@@ -2,8 +2,9 @@
 
 Contrastive between caption and each of video and audio, masked modelling of all three streams
 through a bottleneck fusion. Video and audio are not contrasted with each other: in this world they
-share only the bright background and its hum, and the pair would teach the video encoder just that
-(experiments/LOG.md).
+share only the bright background and its hum, and the pair would teach the video encoder just that.
+Each pair has its own share of the space: a caption tells of both, and sound, learned first, would
+else fill it (experiments/LOG.md).
 """
 
 from common import world_data, world_evals
@@ -15,7 +16,7 @@ def get_config(variant: str = "") -> dict:
     encoder = dict(width=width, depth=depth, heads=heads)
     return dict(
         seed=0,
-        steps=20 if small else 1300,
+        steps=20 if small else 1200,
         batch=16 if small else 32,
         data=world_data(),
         trunk=dict(
@@ -42,6 +43,7 @@ def get_config(variant: str = "") -> dict:
                 width=width,
                 pooling="attention",
                 pairs=(("video", "text"), ("audio", "text")),
+                separate=True,
             ),
             masked=dict(
                 kind="masked", view="masked", weight=0.5, width=width // 2, depth=1, heads=2, standardise=False

@@ -280,7 +280,7 @@ def valid_parts(fused, streams) -> dict:
 
 
 @fusions_and_subsets
-def test_fusion_keeps_keys_counts_and_places(kind: str, names: tuple):
+def test_fusion_keeps_keys_and_counts(kind: str, names: tuple):
     streams, module = streams_of(names), fusion_of(kind)
     fused = jax.eval_shape(lambda key, s: module.init_with_output(key, s)[0], jax.random.key(0), streams)
     assert set(fused) == set(names)
@@ -290,11 +290,6 @@ def test_fusion_keeps_keys_counts_and_places(kind: str, names: tuple):
     half = {name: t._replace(x=t.x.astype(jnp.bfloat16)) for name, t in streams.items()}
     fused = jax.eval_shape(lambda key, s: module.init_with_output(key, s)[0], jax.random.key(0), half)
     assert {t.x.dtype for t in fused.values()} == {jnp.dtype("bfloat16")}
-    # `at` and `valid` go through untouched.
-    _, params, _ = fusion_functions(kind, names)
-    same = jax.jit(lambda p, s: [t[1:] for t in module.apply({"params": p}, s).values()])
-    if len(names) == 1:
-        assert_trees_equal(same(params, streams), [t[1:] for t in streams.values()])
 
 
 @fusions_and_subsets
@@ -349,40 +344,32 @@ def test_late_keeps_streams_apart_and_others_mix(kind: str, names: tuple):
 
 @pytest.mark.parametrize("kind", [kind for kind in FUSIONS if kind != "late"])
 def test_two_layers_mix(kind: str):
-    streams, params, function = fusion_functions(kind, MODALITIES, 2)
+    streams, params, function = fusion_functions(kind, MODALITIES[:2], 2)
     fused, _ = function(params, streams)
     moved = streams | {"audio": turned(streams["audio"])}
     other, _ = function(params, moved)
-    for target in MODALITIES:
+    for target in fused:
         assert np.abs(np.asarray(other[target] - fused[target])[0, 0]).max() > 1e-4, target
 
 
 @fusions_and_subsets
-def test_fusion_in_half_precision(kind: str, names: tuple):
+def test_fusion_in_half_precision_keeps_places(kind: str, names: tuple):
     streams, params, function = fusion_functions(kind, names)
     fused, _ = function(params, streams)
-    half = {name: t._replace(x=t.x.astype(jnp.bfloat16)) for name, t in streams.items()}
-    other, (gradient, _) = function_in_half(kind, names)(params, half)
-    assert finite(gradient)
+    module = fusion_of(kind)
+    forward = jax.jit(lambda p, s: module.apply({"params": p}, s))
+    other = forward(params, {name: t._replace(x=t.x.astype(jnp.bfloat16)) for name, t in streams.items()})
     for name in names:
-        assert other[name].dtype == jnp.bfloat16
+        assert_trees_equal(other[name][1:], streams[name][1:])
+        assert other[name].x.dtype == jnp.bfloat16
         there = np.asarray(streams[name].valid)
-        error = np.abs(np.asarray(other[name], np.float32) - np.asarray(fused[name]))[there]
+        error = np.abs(np.asarray(other[name].x, np.float32) - np.asarray(fused[name]))[there]
         assert error.max() < 0.06 * np.abs(np.asarray(fused[name])[there]).max()
 
 
-def function_in_half(kind: str, names: tuple):
-    """Forward and backward in bfloat16 for every stream at once; forward alone for the other subsets."""
-    if len(names) == len(MODALITIES):
-        return fusion_functions(kind, names)[2]
-    module = fusion_of(kind)
-    forward = jax.jit(lambda p, s: {name: t.x for name, t in module.apply({"params": p}, s).items()})
-    return lambda params, streams: (forward(params, streams), (params, None))
-
-
-@pytest.mark.parametrize("names", [("audio",), MODALITIES], ids="+".join)
 @fusions
-def test_scanned_fusion_is_the_loop(kind: str, names: tuple):
+def test_scanned_fusion_is_the_loop(kind: str):
+    names = MODALITIES[:2]
     streams, params, loop = fusion_functions(kind, names, 2)
     _, shapes, scan = fusion_functions(kind, names, 2, True)
     mine = stacked(params)

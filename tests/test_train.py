@@ -243,7 +243,7 @@ def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world
     config["objectives"]["contrast"] |= {"width": 48}
     other = Experiment(config).program(None)
     checkpoints = Checkpoints(straight)
-    with pytest.raises(UserError, match=r"(?s)does not fit this model.*params/objective_contrast/project_audio/kernel: \(\(32, 32\)"):
+    with pytest.raises(UserError, match=r"(?s)does not fit this model.*params/objective_contrast/project_audio_audio-text/kernel: \(\(32, 16\)"):
         checkpoints.restore(other.shapes, None)
     checkpoints.close()
 

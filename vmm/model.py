@@ -168,7 +168,7 @@ class Recipe(nn.Module):
         result = {}
         for name, array in inputs.items():
             tokens = self.model.encode(name, self.model.encoder[name].patches(array))
-            heads = [o for o in self.objective.values() if isinstance(o, Contrastive) and name in o.project]
+            heads = [o for o in self.objective.values() if isinstance(o, Contrastive) and name in o.modalities]
             result[name] = heads[0].embed(name, tokens) if heads else pool(tokens)
         return result
 

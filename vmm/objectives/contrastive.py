@@ -13,11 +13,15 @@ from vmm.types import Batch, Outputs, Tokens
 
 
 class Contrastive(nn.Module):
-    """Pulls the streams of one clip together in a shared space of `width` E; the others are negatives.
+    """Pulls the streams of one clip together in a space of `width` E; the others of the batch are negatives.
 
     view, weight: see Recipe. pairs: modality pairs, each its own loss, averaged. variant: "softmax"
     or "sigmoid". scale: initial logit scale (1 / temperature), learned, at most `max_scale`.
     bias: initial logit bias of the sigmoid loss, learned. pooling, heads: see layers.Pool.
+    separate: each pair has its own share of E, with its own heads (as the spaces of VATT, Akbari et
+    al. 2021), so that a caption need not tell of sight and of sound in the same directions. A
+    modality's embedding is zero in the shares of pairs without it; a dot product over all of E
+    then counts just the shares that two modalities have in common.
 
     Embeddings are of the encoded streams: after fusion each stream has seen the other, and
     matching them would be trivial.
@@ -33,44 +37,73 @@ class Contrastive(nn.Module):
     bias: float = -10.0
     pooling: str = "mean"
     heads: int = 4
+    separate: bool = False
 
     needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
     def setup(self):
         if self.variant not in ("softmax", "sigmoid"):
             raise UserError(f"contrastive: unknown variant {self.variant!r}; known: sigmoid, softmax")
-        names = sorted({name for pair in self.pairs for name in pair})
+        # A share of the space and the modalities in it; a head is named by both.
+        self.shares = {f"{one}-{two}": (one, two) for one, two in self.pairs}
+        if not self.separate:
+            self.shares = {"all": self.modalities}
+        if self.width % len(self.shares):
+            raise UserError(f"contrastive: width {self.width} does not divide over {len(self.shares)} separate pairs")
+        part = (self.width // len(self.shares),)
+        names = [f"{name}_{share}" for share, members in self.shares.items() for name in members]
         self.pool = {name: Pool(self.pooling, self.heads) for name in names}
-        self.project = {name: Dense((self.width,), ("embed", None), bias=False) for name in names}
+        self.project = {name: Dense(part, ("embed", None), bias=False) for name in names}
         self.log_scale = scalar(self, "log_scale", math.log(self.scale))
         if self.variant == "sigmoid":
             self.logit_bias = scalar(self, "logit_bias", self.bias)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that have an embedding."""
+        return tuple(sorted({name for pair in self.pairs for name in pair}))
+
+    def _parts(self, name: str, tokens: Tokens) -> dict[str, Float[Array, "B E"]]:
+        """Returns share → unit vectors, for the shares that the modality is in."""
+        return {
+            share: losses.normalise(self.project[f"{name}_{share}"](self.pool[f"{name}_{share}"](tokens)))
+            for share, members in self.shares.items()
+            if name in members
+        }
+
+    def embed(self, name: str, tokens: Tokens) -> Float[Array, "B E"]:
+        """Returns the unit embedding of one stream's encoded tokens; zero where it has none."""
+        parts = self._parts(name, tokens)
+        blank = jnp.zeros_like(next(iter(parts.values())))
+        return jnp.concatenate([parts.get(share, blank) for share in self.shares], axis=1) / math.sqrt(len(parts))
+
     def predict(self, outputs: Outputs, batch: Batch) -> dict:
         """Returns modality → unit embeddings float32 [B E]; a lacking stream's is zero."""
-        missing = [name for name in self.project if name not in outputs.encoded]
+        self._check(outputs)
+        return {name: self.embed(name, outputs.encoded[name]) for name in self.modalities}
+
+    def _check(self, outputs: Outputs) -> None:
+        missing = [name for name in self.modalities if name not in outputs.encoded]
         if missing:
             raise UserError(
                 f"contrastive: pairs name {missing}, but the view {self.view!r} shows {sorted(outputs.encoded)}"
             )
-        return {name: self.embed(name, outputs.encoded[name]) for name in self.project}
-
-    def embed(self, name: str, tokens: Tokens) -> Float[Array, "B E"]:
-        """Returns the unit embedding of one stream's encoded tokens."""
-        return losses.normalise(self.project[name](self.pool[name](tokens)))
 
     def features(self, outputs: Outputs, batch: Batch) -> dict:
-        """Returns embeddings, and which samples have each."""
-        embeddings = self.predict(outputs, batch)
-        there = {name: outputs.encoded[name].valid.any(1) & batch.valid for name in embeddings}
-        return {"embeddings": embeddings, "there": there}
+        """Returns each modality's unit vectors by share, and which samples have it."""
+        self._check(outputs)
+        return {
+            "embeddings": {name: self._parts(name, outputs.encoded[name]) for name in self.modalities},
+            "there": {name: outputs.encoded[name].valid.any(1) & batch.valid for name in self.modalities},
+        }
 
     def loss(self, features: dict) -> tuple:
         """Returns the mean loss over pairs. Global: every other clip of the batch is a negative."""
         scale = jnp.exp(jnp.minimum(self.log_scale, math.log(self.max_scale)))
         total, metrics = 0.0, {"scale": scale}
         for one, two in self.pairs:
-            first, second = features["embeddings"][one], features["embeddings"][two]
+            share = f"{one}-{two}" if self.separate else "all"
+            first, second = features["embeddings"][one][share], features["embeddings"][two][share]
             valid = features["there"][one] & features["there"][two]
             if self.variant == "softmax":
                 value = losses.contrastive_softmax(first, second, valid, scale)
