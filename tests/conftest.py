@@ -2,13 +2,16 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # Before JAX starts: devices to shard over, quick compilation (tests compile far more than they
 # compute), and compiled programs kept between runs.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = "--xla_force_host_platform_device_count=8"
+if version("jaxlib").startswith("0.10."):  # four times as quick; later releases know no such flag
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from vmm import ablate as module
 from vmm.ablate import ablate, costs, interval, load_study, markdown
 from vmm.build import load_config, save_config
@@ -29,7 +29,12 @@ def fusion_world(tmp_path_factory) -> Path:
 def fusion_config(folder: Path, kind: str, steps: int) -> dict:
     config = load_config(str(ROOT / "configs" / "world_fusion.py") + ":quick", [f"trunk.fusion.kind={kind}"])
     labels = {"video": 2, "audio": 2, "both": 2}
-    config["data"] |= {"train": f"{folder}/train.jsonl", "tokenizer": f"{folder}/tokenizer.json", "labels": labels, "workers": 0}
+    config["data"] |= {
+        "train": f"{folder}/train.jsonl",
+        "tokenizer": f"{folder}/tokenizer.json",
+        "labels": labels,
+        "workers": 0,
+    }
     config["objectives"] = {"labels": dict(kind="classify", labels=labels)}
     config["evals"] = {"labels": dict(kind="classification", data=f"{folder}/test.jsonl", subsets=("V", "A", "VA"))}
     config["optim"] |= {"warmup": 20}
@@ -46,7 +51,9 @@ def test_exclusive_or_separates_fusion_from_averaging(kind, fusion_world, tmp_pa
         f"sys.exit(main(['train', {str(tmp_path / 'config.json')!r}, '--workdir', {str(tmp_path / 'run')!r}])"
         f" or main(['eval', {str(tmp_path / 'run')!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     values = read_rows(tmp_path / "run" / "evals.jsonl")[-1]["values"]
     assert values["labels/VA/video"] >= 0.95 and values["labels/VA/audio"] >= 0.95
@@ -120,7 +127,9 @@ def test_shipped_study_is_fair():
     config = load_config(str(ROOT / study["config"].partition(":")[0]) + ":quick")
     assert "text" not in config["trunk"]["encoders"], "captions tell the facts"
     for overrides in study["variants"].values():
-        assert all(item.startswith("trunk.fusion.kind=") for item in overrides), "variants differ in the mechanism alone"
+        assert all(item.startswith("trunk.fusion.kind=") for item in overrides), (
+            "variants differ in the mechanism alone"
+        )
 
 
 def test_missing_study():

@@ -42,7 +42,9 @@ def test_build_errors(spec, message):
 
 
 def test_overrides():
-    config = load_config(DEMO, ["optim.learning_rate=3e-4", "trunk.fusion.kind=joint", "trunk.fusion.scan=true", "mesh.fsdp=2"])
+    config = load_config(
+        DEMO, ["optim.learning_rate=3e-4", "trunk.fusion.kind=joint", "trunk.fusion.scan=true", "mesh.fsdp=2"]
+    )
     assert config["mesh"] == {"fsdp": 2}
     assert config["optim"]["learning_rate"] == 3e-4
     assert config["trunk"]["fusion"]["kind"] == "joint"
@@ -106,7 +108,9 @@ def test_two_folders_may_hold_a_common(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "common.py").write_text(f"VALUE = {name!r}")
-        (tmp_path / name / "it.py").write_text("from common import VALUE\ndef get_config(variant=''):\n    return dict(value=VALUE)")
+        (tmp_path / name / "it.py").write_text(
+            "from common import VALUE\ndef get_config(variant=''):\n    return dict(value=VALUE)"
+        )
     assert [load_config(str(tmp_path / name / "it.py"))["value"] for name in ("a", "b", "a")] == ["a", "b", "a"]
 
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
+
 from vmm.__main__ import main
 
 
@@ -21,8 +21,14 @@ def vmm(*arguments: str, cwd=ROOT, **environment) -> subprocess.CompletedProcess
     ("arguments", "message"),
     [
         (["train", "configs/nothing.py", "--workdir", "{tmp}/run"], "configs/nothing.py: no such file"),
-        (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "data.train=no.jsonl"], "no.jsonl: no such file; write a manifest"),
-        (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "batch=13"], "batch: 13 clips do not divide over 8 devices"),
+        (
+            ["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "data.train=no.jsonl"],
+            "no.jsonl: no such file; write a manifest",
+        ),
+        (
+            ["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "batch=13"],
+            "batch: 13 clips do not divide over 8 devices",
+        ),
         (["train", "configs/demo.py:small", "--workdir", "{tmp}/run", "mesh.data=3"], "does not fit 8 devices"),
         (["train", "configs/demo.py:small", "--workdir", "{tmp}/file/run"], "cannot be written"),
         (["eval", "{tmp}"], "holds no config.json"),
@@ -48,7 +54,18 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys, 
 
 def test_empty_dataset(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert main(["train", f"{ROOT}/configs/demo.py:small", "--workdir", str(tmp_path / "run"), f"data.train={tmp_path}/empty.jsonl"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                f"{ROOT}/configs/demo.py:small",
+                "--workdir",
+                str(tmp_path / "run"),
+                f"data.train={tmp_path}/empty.jsonl",
+            ]
+        )
+        == 2
+    )
     assert "holds no clips" in capsys.readouterr().err
 
 
@@ -64,7 +81,9 @@ def test_world_and_tokenizer_through_the_command(tmp_path):
     done = vmm("data", "world", str(tmp_path / "w"), "--train", "6", "--validation", "2", "--test", "2")
     assert done.returncode == 0, done.stderr
     assert "10 clips" in done.stdout
-    done = vmm("data", "tokenizer", str(tmp_path / "w" / "train.jsonl"), str(tmp_path / "t.json"), "--vocabulary", "300")
+    done = vmm(
+        "data", "tokenizer", str(tmp_path / "w" / "train.jsonl"), str(tmp_path / "t.json"), "--vocabulary", "300"
+    )
     assert done.returncode == 0 and "entries from" in done.stdout, done.stderr
     assert (tmp_path / "t.json").is_file()
 

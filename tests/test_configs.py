@@ -10,7 +10,12 @@ from vmm.experiment import Experiment
 
 FOLDER = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
-VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "pretrain_base.py": ("", "small"), "pretrain_videomae.py": ("", "small")}
+VARIANTS = {
+    "demo.py": ("", "small"),
+    "world_fusion.py": ("", "quick"),
+    "pretrain_base.py": ("", "small"),
+    "pretrain_videomae.py": ("", "small"),
+}
 
 
 def cases():

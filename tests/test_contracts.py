@@ -352,6 +352,19 @@ def test_two_layers_mix(kind: str):
         assert np.abs(np.asarray(other[target] - fused[target])[0, 0]).max() > 1e-4, target
 
 
+@fusions
+def test_a_lacking_stream_is_as_if_it_were_not_there(kind: str):
+    """Sample 1 has no video: its audio comes out as from a fusion of audio alone, with the same parameters."""
+    names = MODALITIES[:2]
+    streams, params, function = fusion_functions(kind, names, 2)
+    assert not streams["video"].valid[1].any()
+    fused, _ = function(params, streams)
+    module = fusion_of(kind, 2)
+    alone = jax.jit(lambda p, s: module.apply({"params": p}, s)["audio"].x)(params, {"audio": streams["audio"]})
+    there = np.asarray(streams["audio"].valid)[1]
+    np.testing.assert_allclose(np.asarray(fused["audio"])[1][there], np.asarray(alone)[1][there], atol=2e-5)
+
+
 @fusions_and_subsets
 def test_fusion_in_half_precision_keeps_places(kind: str, names: tuple):
     streams, params, function = fusion_functions(kind, names)

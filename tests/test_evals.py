@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 from conftest import small_config
+
 from vmm.build import load_config
 from vmm.evals.classification import Classification, accuracy
 from vmm.evals.probe import Probe
@@ -134,7 +134,9 @@ def test_a_subset_hides_the_other_streams(world_folder):
 
 
 def test_grid_keeps_order():
-    rows, columns, cells, notes = grid({"clips": 3.0, "V→T/R@1": 0.5, "V→T/R@5": 0.6, "A→T/R@1": 0.1, "chance/R@1": 0.3})
+    rows, columns, cells, notes = grid(
+        {"clips": 3.0, "V→T/R@1": 0.5, "V→T/R@5": 0.6, "A→T/R@1": 0.1, "chance/R@1": 0.3}
+    )
     assert (rows, columns) == (["V→T", "A→T"], ["R@1", "R@5"])
     assert cells["A→T", "R@1"] == 0.1
     assert notes == {"clips": 3.0, "chance/R@1": 0.3}

@@ -49,7 +49,9 @@ def test_imports_run_downward(path: Path):
         lower = FLOORS[theirs] < FLOORS[mine]
         own = theirs == mine or FLOORS[mine] == FLOORS[theirs] in (0, 3, 4)
         data = mine == theirs == "data"
-        assert lower or own or data, f"{path.name} ({mine}) imports {name}: floor {FLOORS[theirs]} from floor {FLOORS[mine]}"
+        assert lower or own or data, (
+            f"{path.name} ({mine}) imports {name}: floor {FLOORS[theirs]} from floor {FLOORS[mine]}"
+        )
 
 
 def test_data_imports_no_jax():
@@ -64,7 +66,11 @@ def test_configs_import_nothing_of_vmm():
 
 def test_nothing_is_unpickled():
     for path in [*modules(), *ROOT.glob("configs/*.py"), *ROOT.glob("experiments/**/*.py")]:
-        assert not {name for name in imports(path) if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")}, path
+        assert not {
+            name
+            for name in imports(path)
+            if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+        }, path
         assert "allow_pickle=True" not in path.read_text(), path
 
 
@@ -78,7 +84,9 @@ def test_readme_map_names_what_is_there():
             assert relative.name in named, f"vmm/{relative} is not in the README's map"
         else:
             assert f"{relative.parts[0]}/" in named
-            assert relative.name == "__init__.py" or relative.name in named, f"vmm/{relative} is not in the README's map"
+            assert relative.name == "__init__.py" or relative.name in named, (
+                f"vmm/{relative} is not in the README's map"
+            )
     for name in named:
         places = [ROOT, PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
         assert any((place / name).exists() for place in places), f"the README's map names {name}, which is not there"
@@ -97,7 +105,9 @@ def test_readme_commands_parse():
 def test_make_targets_of_readme_exist():
     text, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make (\w+)", text, re.M)):
-        assert re.search(rf"^{target}:", makefile, re.M), f"the README says `make {target}`, the Makefile has no such target"
+        assert re.search(rf"^{target}:", makefile, re.M), (
+            f"the README says `make {target}`, the Makefile has no such target"
+        )
 
 
 def test_help_does_not_import_jax():
@@ -108,6 +118,12 @@ def test_help_does_not_import_jax():
 
 
 def test_no_path_of_a_machine():
-    for path in [*modules(), *ROOT.glob("*.md"), *ROOT.glob("configs/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]:
+    for path in [
+        *modules(),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("configs/*.py"),
+        *ROOT.glob("tests/*.py"),
+        ROOT / "Makefile",
+    ]:
         found = re.findall(r"(?<![\w.])/(?:work|farm|root|home)/\w+", path.read_text())
         assert not found, f"{path.name}: {found}"

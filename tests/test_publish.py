@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, small_config
 from huggingface_hub import ModelCard
 
 import vmm
-from conftest import ROOT, small_config
 from vmm.errors import UserError
 from vmm.evaluate import Predict, evaluate
 from vmm.publish import FILES, publish
@@ -25,7 +25,11 @@ def run(world_folder, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "small"
     config = small_config(world_folder, steps=4, save_every=2, log_every=1)
     config["optim"] |= {"warmup": 1}
-    config["evals"] |= {"probe": dict(kind="probe", train=f"{world_folder}/train.jsonl", data=f"{world_folder}/test.jsonl", subsets=("V", "VAT"))}
+    config["evals"] |= {
+        "probe": dict(
+            kind="probe", train=f"{world_folder}/train.jsonl", data=f"{world_folder}/test.jsonl", subsets=("V", "VAT")
+        )
+    }
     train(config, workdir)
     evaluate(workdir)
     return workdir
@@ -151,7 +155,14 @@ def test_report_is_self_contained(run, tmp_path, capsys):
     table = [{"variant": "late", "both": "50.0"}, {"variant": "joint", "both": "99.0"}]
     (tmp_path / "table.json").write_text(json.dumps(table))
     page = report(run, tmp_path / "report.html", [tmp_path]).read_text()
-    for heading in ("Loss", "Retrieval against chance", "Similarity", "nearest captions", "Masked reconstruction", "Ablation"):
+    for heading in (
+        "Loss",
+        "Retrieval against chance",
+        "Similarity",
+        "nearest captions",
+        "Masked reconstruction",
+        "Ablation",
+    ):
         assert heading in page
     assert "<script" not in page
     links = [part.split('"')[0] for part in page.split('src="')[1:] + page.split('href="')[1:]]

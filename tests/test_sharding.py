@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 from conftest import small_config
+
 from vmm.data.loader import Loader
 from vmm.errors import UserError
 from vmm.experiment import Experiment
@@ -46,7 +46,9 @@ def run(world, mesh: tuple):
         params = program.init(jax.random.key(0)).params
         batch = to_device(one_batch(experiment), mesh)
         value, gradient = jax.jit(
-            lambda params, batch: jax.value_and_grad(lambda p: loss(p, p, batch, jax.random.key(1)), has_aux=True)(params)
+            lambda params, batch: jax.value_and_grad(lambda p: loss(p, p, batch, jax.random.key(1)), has_aux=True)(
+                params
+            )
         )(params, batch)
         value, metrics = jax.tree.map(float, value)
         return (value, metrics), jax.device_get(gradient), jax.device_get(params)

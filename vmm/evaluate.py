@@ -149,12 +149,15 @@ def print_tables(experiment: Experiment, values: Mapping[str, float]) -> None:
     for name in experiment.evals:
         mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
         rows, columns, cells, notes = grid(mine)
+        texts = {(row, column): show(column, cells.get((row, column))) for row in rows for column in columns}
+        if len(columns) > len(rows):  # the longer side runs down: a terminal is narrow
+            rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
         table = Table(title=name, caption="  ".join(f"{key} {value:g}" for key, value in notes.items()) or None)
         table.add_column("")
         for column in columns:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(row, *(show(column, cells.get((row, column))) for column in columns))
+            table.add_row(row, *(texts[row, column] for column in columns))
         console.print(table)
 
 

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 def mean(values: Float[Array, "*B"], weight: Array) -> Float[Array, ""]:
     """Returns Σ weight · value / Σ weight, 0 where all weight is 0. Values of weight 0 may be anything finite."""
     weight = weight.astype(jnp.float32)
-    return (values * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+    total = weight.sum()
+    return (values * weight).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def normalise(x: Float[Array, "*B E"], epsilon: float = 1e-6) -> Float[Array, "*B E"]:
@@ -19,7 +20,9 @@ def normalise(x: Float[Array, "*B E"], epsilon: float = 1e-6) -> Float[Array, "*
 def cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns −log softmax(logits)[label]; labels outside [0, V) count as class 0: weigh them out."""
     labels = jnp.where((labels >= 0) & (labels < logits.shape[-1]), labels, 0)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), labels[..., None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), labels[..., None], axis=-1)[
+        ..., 0
+    ]
 
 
 def contrastive_softmax(

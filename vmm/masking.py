@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool
 from vmm.errors import UserError
 from vmm.types import Mask
 
+_ROUNDING = 1e-4
+
 
 def _choose(score: Array, valid: Bool[Array, "N"], hide: Array, kept: int) -> Mask:
     """Hides the `hide` valid tokens of highest score; keeps the first `kept` of the others."""
@@ -26,11 +28,21 @@ def _choose(score: Array, valid: Bool[Array, "N"], hide: Array, kept: int) -> Ma
     return Mask(jnp.sort(sequence[:kept]).astype(jnp.int32), jnp.sort(sequence[kept:]).astype(jnp.int32))
 
 
+def _static(ratio: float, count: int) -> int:
+    """Returns ⌊ratio · count⌋, with decimals taken as written: 0.29 of 100 is 29."""
+    return math.floor(ratio * count + _ROUNDING)
+
+
+def _drawn(ratio: float, valid: Bool[Array, "N"]) -> Array:
+    """Returns ⌊ratio · valid tokens⌋, as _static counts."""
+    return jnp.floor(ratio * valid.sum() + _ROUNDING).astype(jnp.int32)
+
+
 def random(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
     """Hides tokens independently at random (He et al. 2022): ⌊ratio · valid tokens⌋ of them."""
     count = math.prod(grid)
-    kept = count - math.floor(ratio * count)
-    hide = jnp.floor(ratio * valid.sum() + 1e-4).astype(jnp.int32)
+    kept = count - _static(ratio, count)
+    hide = _drawn(ratio, valid)
     return _choose(jax.random.uniform(key, (count,)), valid, hide, kept)
 
 
@@ -39,7 +51,7 @@ def tube(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask
     time, *rest = grid
     area = math.prod(rest)
     score = jnp.tile(jax.random.uniform(key, (area,)), (time,))
-    hide = math.floor(ratio * area)
+    hide = _static(ratio, area)
     return _choose(score, valid, jnp.where(valid.any(), hide * time, 0), (area - hide) * time)
 
 
@@ -52,19 +64,19 @@ def block(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mas
     centre = jax.random.uniform(key, (len(grid),))
     axes = jnp.meshgrid(*((jnp.arange(size) + 0.5) / size for size in grid), indexing="ij")
     distance = jnp.stack([jnp.abs(axis - c) for axis, c in zip(axes, centre)]).max(0).reshape(-1)
-    hide = jnp.floor(ratio * valid.sum() + 1e-4).astype(jnp.int32)
-    return _choose(-distance, valid, hide, count - math.floor(ratio * count))
+    hide = _drawn(ratio, valid)
+    return _choose(-distance, valid, hide, count - _static(ratio, count))
 
 
 def span(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
     """Hides one run of consecutive valid tokens (SpanBERT's unit, Joshi et al. 2020), wrapping round."""
     count = math.prod(grid)
     number = valid.sum()
-    hide = jnp.floor(ratio * number + 1e-4).astype(jnp.int32)
+    hide = _drawn(ratio, valid)
     start = jnp.floor(jax.random.uniform(key) * jnp.maximum(number, 1))
     place = jnp.cumsum(valid) - 1
     score = -jnp.mod(place - start, jnp.maximum(number, 1)).astype(jnp.float32)
-    return _choose(score, valid, hide, count - math.floor(ratio * count))
+    return _choose(score, valid, hide, count - _static(ratio, count))
 
 
 MASKS: dict[str, Callable] = {"tube": tube, "block": block, "span": span, "random": random}

@@ -163,7 +163,7 @@ def _similarity(run: Run, name: str) -> list[str]:
     streams = [key for key in keys[:2] if key in rows]
     complete = np.logical_and.reduce([rows[f"present/{key.rpartition('/')[2]}"] for key in (*streams, keys[2])])
     texts = rows[keys[2]][complete]
-    figure, axes = plt.subplots(1, len(streams), figsize=(10, 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(streams), figsize=(10, 4.4), squeeze=False, layout="constrained")
     for axis, key in zip(axes[0], streams):
         picture = axis.imshow(rows[key][complete][:64] @ texts[:64].T, cmap="magma", vmin=-0.2, vmax=1)
         axis.set_xlabel("caption")

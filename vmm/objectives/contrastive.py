@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -99,7 +100,9 @@ class Contrastive(nn.Module):
 
     def loss(self, features: dict) -> tuple:
         """Returns the mean loss over pairs. Global: every other clip of the batch is a negative."""
-        scale = jnp.exp(jnp.minimum(self.log_scale, math.log(self.max_scale)))
+        # At most max_scale, with the gradient of the unclamped: else it could never come back.
+        log_scale = self.log_scale - jax.lax.stop_gradient(jnp.maximum(self.log_scale - math.log(self.max_scale), 0.0))
+        scale = jnp.exp(log_scale)
         total, metrics = 0.0, {"scale": scale}
         for one, two in self.pairs:
             share = f"{one}-{two}" if self.separate else "all"
