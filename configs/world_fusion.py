@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> dict:
     labels = {name: WORLD_LABELS[name] for name in FACTS}
     return dict(
         seed=0,
-        steps=500 if quick else 2000,
+        steps=300 if quick else 2000,
         batch=64,
         data=world_data(clip=dict(seconds=2.0, frames=8, size=32, sample_rate=16000, text_length=24), labels=labels),
         trunk=dict(

@@ -44,7 +44,7 @@ def fusion_config(folder: Path, kind: str, steps: int) -> dict:
 @pytest.mark.parametrize("kind", ["late", "bottleneck"])
 def test_exclusive_or_separates_fusion_from_averaging(kind, fusion_world, tmp_path):
     """Each stream's own bit is learned either way; the bit of both only where streams meet."""
-    save_config(fusion_config(fusion_world, kind, 300), tmp_path / "config.json")
+    save_config(fusion_config(fusion_world, kind, 150), tmp_path / "config.json")
     # In a process with one device: splitting a model this small over eight costs more than it computes.
     code = (
         "import sys\nfrom vmm.__main__ import main\n"
