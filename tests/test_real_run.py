@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from conftest import ROOT, small_config
 
 import vmm
-from conftest import ROOT, small_config
 from vmm.data.manifest import read_manifest
 from vmm.data.text import train_tokenizer
 from vmm.publish import publish

@@ -144,11 +144,11 @@ def _table(study: dict, rows: list[dict]) -> list[dict]:
         for score in (study["score"], *study["scores"]):
             mean, half = interval([row["values"][score] for row in mine])
             around = "" if math.isnan(half) else f" ± {100 * half:.1f}"
-            line[score.partition("/")[2]] = f"{100 * mean:.1f}{around}"
+            line[score.rpartition("/")[2]] = f"{100 * mean:.1f}{around}"
         table.append(line)
     if study["chance"]:
         last = dict.fromkeys(table[0], "") | {"variant": "chance"}
-        last |= {score.partition("/")[2]: f"{100 * value:.1f}" for score, value in study["chance"].items()}
+        last |= {score.rpartition("/")[2]: f"{100 * value:.1f}" for score, value in study["chance"].items()}
         table.append(last)
     return table
 
