@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> dict:
                 audio=dict(kind="audio", bins=64, patch=(8, 64), **encoder),
                 text=dict(kind="text", vocabulary=512, **encoder),
             ),
-            fusion=dict(kind="bottleneck", width=width, depth=1, heads=heads, bottlenecks=4),
+            fusion=dict(kind="bottleneck", width=width, depth=2, heads=heads, bottlenecks=4),
         ),
         views=dict(
             clean={},

@@ -11,7 +11,7 @@ from common import world_data, world_evals
 
 def get_config(variant: str = "") -> dict:
     small = variant == "small"
-    width, depth, fused, heads = (32, 1, 1, 2) if small else (768, 8, 4, 12)
+    width, depth, fused, heads = (32, 1, 2, 2) if small else (768, 8, 4, 12)
     encoder = dict(width=width, depth=depth, heads=heads, scan=True, remat=True)
     data = dict(
         train="data/train.jsonl",

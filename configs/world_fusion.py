@@ -1,7 +1,7 @@
 """What does fusion buy? A small video + audio classifier of the world's planted facts; no text, which would tell them.
 
-Depth is split evenly between the encoders and the fusion, whatever its kind. `quick` is the same at
-a smaller width and fewer steps.
+Two layers of fusion, whatever its kind: a bottleneck needs two, one to write and one to read. `quick`
+is smaller and shorter.
 """
 
 from common import WORLD_LABELS, world_data
@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> dict:
                 video=dict(kind="video", tubelet=(2, 16, 16), **encoder),
                 audio=dict(kind="audio", bins=64, patch=(8, 64), **encoder),
             ),
-            fusion=dict(kind="bottleneck", width=width, depth=encoder["depth"], heads=heads),
+            fusion=dict(kind="bottleneck", width=width, depth=2, heads=heads),
         ),
         views=dict(clean={}),
         objectives=dict(labels=dict(kind="classify", labels=labels)),

@@ -36,7 +36,9 @@ class BottleneckLayer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Fusion through `bottlenecks` = Z shared tokens. FLOPs forward: depth · Σ_m block(N_m + Z, D)."""
+    """Fusion through `bottlenecks` = Z shared tokens.
+
+    Needs a depth of two: the first layer writes them, only the second reads. FLOPs forward: depth · Σ_m block(N_m + Z, D)."""
 
     width: int
     depth: int

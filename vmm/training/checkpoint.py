@@ -128,21 +128,19 @@ class Checkpoints:
 
 
 @jax.jit
-def _digest(leaves: list) -> list:
-    def one(x):
-        x = x.reshape(-1)
-        bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
-        # Odd multipliers by place: every single flipped bit, and most swaps, change the sum.
-        place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
-        return (bits.astype(jnp.uint32) * place).sum(dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in leaves]
+def _digest(x: jax.Array) -> jax.Array:
+    x = x.reshape(-1)
+    bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
+    # Odd multipliers by place: every single flipped bit, and most swaps, change the sum.
+    place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+    return (bits.astype(jnp.uint32) * place).sum(dtype=jnp.uint32)
 
 
 def digests(state: State) -> dict[str, int]:
     """Returns path → a 32-bit sum of each array's bits, computed where it lies; the same on any mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    values = jax.device_get(_digest([leaf for _, leaf in leaves]))
+    # One small program a shape: all leaves in one program took minutes to compile.
+    values = jax.device_get([_digest(leaf) for _, leaf in leaves])
     return {path_of(keys): int(value) for (keys, _), value in zip(leaves, values)}
 
 
