@@ -250,7 +250,7 @@ def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world
     checkpoints = Checkpoints(straight)
     with pytest.raises(
         UserError,
-        match=r"(?s)does not fit this model.*params/objective_contrast/project_audio_audio-text/kernel: \(\(32, 16\)",
+        match=r"(?s)does not fit this model.*ema/objective_contrast/project_audio_audio-text/kernel: \(\(32, 16\)",
     ):
         checkpoints.restore(other.shapes, None)
     checkpoints.close()
