@@ -8,22 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from vmm.build import write_text  # noqa: E402
-from vmm.data.loader import evaluation_batches, load_rows  # noqa: E402
-from vmm.data.text import decode_ids, load_tokenizer  # noqa: E402
-from vmm.errors import StorageError, UserError  # noqa: E402
-from vmm.evaluate import Predict, grid, show  # noqa: E402
-from vmm.model import sample_keys  # noqa: E402
-from vmm.run import Run, open_run, weights  # noqa: E402
-from vmm.training.metrics import read_rows  # noqa: E402
+from vmm.build import write_text
+from vmm.data.loader import evaluation_batches, load_rows
+from vmm.data.text import decode_ids, load_tokenizer
+from vmm.errors import StorageError, UserError
+from vmm.evaluate import Predict, grid, show
+from vmm.model import sample_keys
+from vmm.run import Run, open_run, weights
+from vmm.training.metrics import read_rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -42,6 +39,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     Raises:
       UserError: no run there, or no metrics, or an ablation without results.
     """
+    plt.switch_backend("Agg")  # draws files, needs no screen
     run = open_run(workdir)
     out = out or run.workdir / "report.html"
     metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row]
