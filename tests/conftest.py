@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT))
 FLAGS = "--xla_force_host_platform_device_count=8"
 if version("jaxlib").startswith("0.10."):  # four times as quick; later releases know no such flag
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+# Two workers of eight devices on two cores: a participant may come late. The default aborts after 40 s.
+FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=250"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
@@ -23,9 +25,17 @@ import jaxtyping  # noqa: E402
 CHECKED = ["vmm.layers", "vmm.losses", "vmm.masking", "vmm.encoders", "vmm.objectives"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a file are dropped after it: a worker would grow to 4 GB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_encoder_flops_are_of_kept_tokens(kind: str):
     found = []
     for kept in (math.prod(grid), math.prod(grid) // 2, 1):
         keep = jnp.zeros((B, kept), jnp.int32)
-        flops = count_flops(lambda p, k: encoder.apply(p, patches, k), params, keep) / B
+        flops = count_flops(jax.jit(lambda p, k: encoder.apply(p, patches, k)), params, keep) / B
         expected = embedding * kept * width + depth * block_flops(kept, width)
         assert flops == pytest.approx(expected, rel=0.02)
         found.append(flops)
@@ -416,7 +416,7 @@ def fusion_flops(kind: str, counts: dict, width: int, depth: int, **fields) -> t
         for name, count in counts.items()
     }
     params = jax.eval_shape(lambda key, s: nn.unbox(module.init(key, s)), jax.random.key(0), shaped)
-    return count_flops(module.apply, params, shaped) / 2, module
+    return count_flops(jax.jit(module.apply), params, shaped) / 2, module
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])

@@ -222,7 +222,7 @@ def test_remat_recomputes():
     x = draw((B, N, D))
     params = parameters(stack(), x, THERE)
     flops = [
-        count_flops(jax.grad(lambda p, m=stack(remat=remat): m.apply({"params": p}, x, THERE).sum()), params)
+        count_flops(jax.jit(jax.grad(lambda p, m=stack(remat=remat): m.apply({"params": p}, x, THERE).sum())), params)
         for remat in (False, True)
     ]
     assert flops[1] > 1.2 * flops[0]

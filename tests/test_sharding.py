@@ -8,7 +8,8 @@ from conftest import small_config
 from vmm.data.loader import Loader
 from vmm.errors import UserError
 from vmm.experiment import Experiment
-from vmm.sharding import MeshShape, check_batch, make_mesh, to_device
+from vmm.sharding import MeshShape, check_batch, make_mesh, place_batch, to_device
+from vmm.training.metrics import count_flops
 from vmm.training.optim import path_of
 
 MESHES = {"4": (4, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -82,24 +83,25 @@ def test_large_parameters_are_sharded(world_folder):
     """Under fsdp no matrix stays whole, nor do its moments."""
     experiment, mesh = built(world_folder, (1, 8, 1))
     program = experiment.program(mesh)
-    for (path, shape), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(program.shapes), jax.tree.leaves(program.shardings)
-    ):
+    for path, shape in jax.tree_util.tree_leaves_with_path(program.shapes):
         if np.prod(shape.shape) >= 32 * 32:
-            assert not sharding.is_fully_replicated, path_of(path)
+            assert not shape.sharding.is_fully_replicated, path_of(path)
 
 
-def test_a_step_compiles_once_and_donates(world_folder):
+def test_a_step_is_traced_and_compiled_once_and_donates(world_folder):
     experiment, mesh = built(world_folder, (2, 2, 2))
+    loss, traced = experiment.loss(), []
+    experiment.loss = lambda: lambda *arguments: traced.append(1) or loss(*arguments)
     program = experiment.program(mesh)
     loader = Loader(experiment.data, experiment.clip, experiment.augment, seed=0, batch=16, start=0, stop=4)
     with jax.set_mesh(mesh):
+        count_flops(program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh))
         state = program.init(jax.random.key(0))
         for batch in loader:
             before = state
             state, _ = program.step(state, to_device(batch, mesh))
     loader.close()
-    assert program.step._cache_size() == 1
+    assert program.step._cache_size() == len(traced) == 1
     assert int(state.step) == 4
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
 

@@ -215,7 +215,7 @@ def test_save_while_stepping_keeps_the_saved_numbers(straight, world_folder, tmp
             state, _ = program.step(state, to_device(batch, run.mesh))
         jax.block_until_ready(state)
         checkpoints.wait()
-        saved = checkpoints.restore(program.shapes, program.shardings)
+        saved = checkpoints.restore(program.shapes)
     loader.close()
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(saved.state), expected)
@@ -252,7 +252,7 @@ def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world
         UserError,
         match=r"(?s)does not fit this model.*ema/objective_contrast/project_audio_audio-text/kernel: \(\(32, 16\)",
     ):
-        checkpoints.restore(other.shapes, None)
+        checkpoints.restore(other.shapes)
     checkpoints.close()
 
 

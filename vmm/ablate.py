@@ -25,7 +25,7 @@ from vmm.errors import UserError, one_of
 from vmm.evaluate import evaluate
 from vmm.experiment import Experiment, numbers
 from vmm.run import commit
-from vmm.sharding import make_mesh
+from vmm.sharding import make_mesh, place_batch
 from vmm.train import train
 from vmm.training.metrics import read_rows
 from vmm.training.runtime import use_compilation_cache
@@ -103,7 +103,7 @@ def costs(config: Mapping) -> dict:
     experiment = Experiment(config)
     mesh = make_mesh(experiment.mesh)
     program = experiment.program(mesh)
-    batch = experiment.batch_shapes()
+    batch = place_batch(experiment.batch_shapes(), mesh)
 
     def forward(params, batch):
         return experiment.recipe.apply({"params": params}, batch, method="predict")

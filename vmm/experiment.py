@@ -81,6 +81,7 @@ class Experiment:
         unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
         if unknown:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
+        self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
 
     def batch_shapes(self, rows: int | None = None) -> Batch:

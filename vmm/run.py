@@ -40,7 +40,7 @@ def open_run(workdir: str | Path) -> Run:
     program = experiment.program(mesh)
     checkpoints = Checkpoints(workdir, experiment.config.keep)
     with jax.set_mesh(mesh):
-        saved = checkpoints.restore(program.shapes, program.shardings)
+        saved = checkpoints.restore(program.shapes)
     checkpoints.close()
     return Run(workdir, config, experiment, mesh, saved.state, saved.step)
 

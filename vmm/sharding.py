@@ -107,8 +107,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(names, x.shape, mesh))
 
 
-def state_shardings(boxed, mesh: Mesh):
-    """Returns the sharding of every leaf of an abstract state whose parameters carry their axes.
+def place_state(boxed, mesh: Mesh):
+    """Returns an abstract state, unboxed, every leaf with its sharding.
 
     Args:
       boxed: tree of ShapeDtypeStructs, those of parameters inside Linen's Partitioned boxes
@@ -118,8 +118,8 @@ def state_shardings(boxed, mesh: Mesh):
 
     def leaf(value):
         if isinstance(value, nn.Partitioned):
-            return NamedSharding(mesh, _spec(value.names, value.value.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+            return value.value.update(sharding=NamedSharding(mesh, _spec(value.names, value.value.shape, mesh)))
+        return value.update(sharding=NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(leaf, boxed, is_leaf=lambda value: isinstance(value, nn.Partitioned))
 
@@ -127,6 +127,11 @@ def state_shardings(boxed, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of every batch array: its first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def place_batch(shapes, mesh: Mesh):
+    """Returns an abstract batch, every leaf with its sharding."""
+    return jax.tree.map(lambda shape: shape.update(sharding=batch_sharding(mesh)), shapes)
 
 
 def to_device(batch, mesh: Mesh):

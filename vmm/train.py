@@ -14,7 +14,7 @@ from vmm.errors import NumericError, Preempted, UserError
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
 from vmm.run import weights
-from vmm.sharding import check_batch, make_mesh, to_device
+from vmm.sharding import check_batch, make_mesh, place_batch, to_device
 from vmm.training.checkpoint import Checkpoints
 from vmm.training.metrics import MetricLog, ProgressLine, count_flops, peak_flops
 from vmm.training.runtime import RunLock, StopSignal, open_workdir, use_compilation_cache
@@ -49,7 +49,7 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         if checkpoints.latest is None:
             state, start = program.init(jax.random.key(c.seed)), 0
         else:
-            saved = checkpoints.restore(program.shapes, program.shardings)
+            saved = checkpoints.restore(program.shapes)
             state, start = saved.state, saved.step
             if saved.samples != start * c.batch:
                 raise UserError(
@@ -68,7 +68,7 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         first_process = jax.process_index() == 0
         log = MetricLog(workdir, start, first_process)
         line = ProgressLine(start, c.steps, first_process)
-        flops = count_flops(program.step, program.shapes, experiment.batch_shapes())
+        flops = count_flops(program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh))
         clock = _Clock(c.batch, flops)
 
         # ---- the loop ----------------------------------------------------------------------------

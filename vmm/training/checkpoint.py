@@ -13,6 +13,9 @@ from vmm.errors import StorageError, UserError
 from vmm.training.optim import path_of
 from vmm.training.step import State
 
+# Replicas share the writing of large arrays only: cutting a small one costs more than writing it whole.
+_ARRAYS = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=1 << 20))
+
 
 class Saved(NamedTuple):
     """A checkpoint as it was found. samples: training samples consumed before it, over all hosts."""
@@ -33,6 +36,7 @@ class Checkpoints:
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
+                context=ocp.Context(array_options=_ARRAYS),
             )
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be used ({error})") from None
@@ -57,7 +61,7 @@ class Checkpoints:
         try:
             # On CPU the host's copy is the device's own buffer, which the next step overwrites.
             if jax.default_backend() == "cpu":
-                state = jax.tree.map(jnp.copy, state)
+                state = _copy(state)
             note = {"samples": samples, "digest": digests(state)}
             self.pending = self.orbax.save_async(step, state._asdict(), force=True, custom_metadata=note)
             if not self.pending:
@@ -83,11 +87,11 @@ class Checkpoints:
         reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
         return f"{self.folder}: the checkpoint could not be saved ({reason}); {kept}; free space and run the same command again"
 
-    def restore(self, shapes: State, shardings: State | None, step: int | None = None) -> Saved:
+    def restore(self, shapes: State, step: int | None = None) -> Saved:
         """Reads a checkpoint, the newest by default, onto any mesh.
 
         Args:
-          shapes: abstract State that the program expects. shardings: where its leaves go, None: one device.
+          shapes: abstract State that the program expects, with where its leaves go; without: one device.
 
         Raises:
           UserError: there is none, it does not fit (a readable difference), or its bytes have changed.
@@ -98,14 +102,8 @@ class Checkpoints:
         try:
             meta = self.orbax.metadata(step)
             _compare(meta.metadata if hasattr(meta, "metadata") else meta, shapes._asdict(), f"{self.folder}/{step}")
-            if shardings is None:
-                one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                shardings = jax.tree.map(lambda _: one, shapes)
-            target = jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                shapes,
-                shardings,
-            )
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            target = jax.tree.map(lambda leaf: leaf.update(sharding=leaf.sharding or one), shapes)
             state = State(**self.orbax.load(step, target._asdict()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -128,6 +126,11 @@ class Checkpoints:
 
 
 @jax.jit
+def _copy(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
+
+
+@jax.jit
 def _digest(x: jax.Array) -> jax.Array:
     x = x.reshape(-1)
     bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
@@ -138,10 +141,11 @@ def _digest(x: jax.Array) -> jax.Array:
 
 def digests(state: State) -> dict[str, int]:
     """Returns path → a 32-bit sum of each array's bits, computed where it lies; the same on any mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    # One small program a shape: all leaves in one program took minutes to compile.
-    values = jax.device_get([_digest(leaf) for _, leaf in leaves])
-    return {path_of(keys): int(value) for (keys, _), value in zip(leaves, values)}
+    # One small program a shape: all leaves in one program took minutes to compile. One program at a time:
+    # XLA on CPU runs many devices on one pool of threads, and beyond 32 queued programs with collectives
+    # that pool is full of programs that wait for each other, for ever.
+    leaves = jax.tree_util.tree_leaves_with_path(jax.block_until_ready(state))
+    return {path_of(keys): int(_digest(leaf)) for keys, leaf in leaves}
 
 
 def _compare(saved, expected: dict, where: str) -> None:

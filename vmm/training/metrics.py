@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -35,12 +35,13 @@ def peak_flops() -> float | None:
     return PEAKS[max(names, key=len)] * jax.device_count() if names else None
 
 
-def count_flops(function: Callable, *args) -> int:
+def count_flops(function: jax.stages.Wrapped, *args) -> int:
     """Returns the FLOPs of the matrix products in a call, scans multiplied out (XLA counts their body once).
 
-    function is traced, not run; args are arrays or shapes. 2 · M · N · K a product, all devices together.
+    function is jitted; it is traced, not run, and its first call finds that trace. args are arrays or shapes.
+    2 · M · N · K a product, all devices together.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(function.trace(*args).jaxpr)
 
 
 def _count(jaxpr) -> int:

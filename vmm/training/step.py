@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vmm.sharding import batch_sharding, state_shardings
+from vmm.sharding import batch_sharding, place_state
 from vmm.training.optim import Optim, ema_update, make_optimizer, schedule, trainable
 
 
@@ -26,10 +26,12 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A run, compiled on demand. shapes, shardings: of State. init: key → State. step: (state, batch) → (state, metrics)."""
+    """A run, compiled on demand.
+
+    shapes: State of ShapeDtypeStructs with their shardings. init: key → State. step: (state, batch) → (state, metrics).
+    """
 
     shapes: State
-    shardings: State
     init: Callable
     step: Callable
 
@@ -80,14 +82,13 @@ def make_program(
         return State(state.step + 1, params, moments, ema), metrics
 
     boxed_state = jax.eval_shape(init_boxed, jax.random.key(0))
-    shapes = nn.unbox(boxed_state)
     if mesh is None:
-        return Program(shapes, None, jax.jit(init), jax.jit(step, donate_argnums=0))
-    shardings = state_shardings(boxed_state, mesh)
+        return Program(nn.unbox(boxed_state), jax.jit(init), jax.jit(step, donate_argnums=0))
+    shapes = place_state(boxed_state, mesh)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
     whole = NamedSharding(mesh, PartitionSpec())
     return Program(
         shapes,
-        shardings,
         jax.jit(init, out_shardings=shardings),
         jax.jit(
             step,
