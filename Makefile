@@ -36,7 +36,7 @@ demo: setup
 	@$(BIN)/vmm report $(RUN) $(foreach study,$(wildcard runs/0001-fusion*/table.json),--ablation $(dir $(study)))
 
 test: setup lint
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check -q .

@@ -31,6 +31,14 @@ import pytest  # noqa: E402
 WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
 
 
+# Longest first, so that parallel workers end together.
+SLOW = ["test_train.py", "test_sharding.py", "test_ablate.py", "test_publish.py", "test_contracts.py", "test_loader.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Compiled programs of a file are dropped after it: a worker would grow to 4 GB."""

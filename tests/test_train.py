@@ -222,8 +222,8 @@ def test_save_while_stepping_keeps_the_saved_numbers(straight, world_folder, tmp
     assert (saved.step, saved.samples) == (1, 16)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 20_000]
+def _array_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("**/d/*") if path.stat().st_size > 20_000)
 
 
 def test_changed_bytes_are_noticed(straight, tmp_path):
@@ -233,12 +233,22 @@ def test_changed_bytes_are_noticed(straight, tmp_path):
     for trial in range(3):
         workdir = tmp_path / str(trial)
         shutil.copytree(straight, workdir)
-        path = random.Random(trial).choice(_files(workdir / "checkpoints" / "12"))
+        path = random.Random(trial).choice(_array_files(workdir / "checkpoints" / "12"))
         data = bytearray(path.read_bytes())
         data[random.Random(trial).randrange(len(data) // 2, len(data))] ^= 0x10
         path.write_bytes(bytes(data))
         with pytest.raises(UserError, match="changed since they were saved|cannot be read"):
             open_run(workdir)
+
+
+def test_damaged_description_is_noticed(straight, tmp_path):
+    import shutil
+
+    shutil.copytree(straight, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "12" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoints/12: cannot be read .*remove that folder"):
+        open_run(tmp_path / "run")
 
 
 def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world_folder):

@@ -13,8 +13,12 @@ from vmm.errors import StorageError, UserError
 from vmm.training.optim import path_of
 from vmm.training.step import State
 
-# Replicas share the writing of large arrays only: cutting a small one costs more than writing it whole.
-_ARRAYS = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=1 << 20))
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    # Replicas share the writing of large arrays only: cutting a small one costs more than writing it whole.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+    return context
 
 
 class Saved(NamedTuple):
@@ -36,7 +40,7 @@ class Checkpoints:
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
-                context=ocp.Context(array_options=_ARRAYS),
+                context=_context(),
             )
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be used ({error})") from None
@@ -101,7 +105,9 @@ class Checkpoints:
             raise UserError(f"{self.folder}: no checkpoint here; train first with `vmm train`")
         try:
             meta = self.orbax.metadata(step)
-            _compare(meta.metadata if hasattr(meta, "metadata") else meta, shapes._asdict(), f"{self.folder}/{step}")
+            if not getattr(meta, "metadata", None):
+                raise ValueError("what it tells of its arrays is damaged")
+            _compare(meta.metadata, shapes._asdict(), f"{self.folder}/{step}")
             one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             target = jax.tree.map(lambda leaf: leaf.update(sharding=leaf.sharding or one), shapes)
             state = State(**self.orbax.load(step, target._asdict()))
@@ -111,7 +117,7 @@ class Checkpoints:
                 f"{self.folder}/{step}: cannot be read ({line}); remove that folder to go on from the one before"
             ) from None
         note = meta.custom_metadata or {}
-        wrong = [path for path, value in digests(state).items() if note.get("digest", {}).get(path, value) != value]
+        wrong = [path for path, value in digests(state).items() if note.get("digest", {}).get(path) != value]
         if wrong:
             raise UserError(
                 f"{self.folder}/{step}: bytes of {wrong[0]} (and {len(wrong) - 1} more) changed since they were saved; "
