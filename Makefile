@@ -10,11 +10,11 @@ JAX_EXTRA ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda1
 	elif ls /dev/accel* >/dev/null 2>&1 || [ -n "$$TPU_NAME$$TPU_WORKER_ID" ]; then echo tpu; else echo cpu; fi)
 EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]")
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-beam lint clean
 
 help:
 	@echo "make demo   the whole way on a synthetic world: data, training, evaluation, publishing, report"
-	@echo "make test   all tests"
+	@echo "make test   all tests; make test-beam: those of the optional Apache Beam extra"
 	@echo "make lint   what pre-commit runs"
 	@echo "make clean  removes the environment, the demo's data and run"
 
@@ -37,6 +37,15 @@ demo: setup
 
 test: setup lint
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Beam wants other versions of common libraries: it has an environment of its own.
+.venv-beam/.ready: requirements.txt requirements-dev.txt requirements-beam.txt pyproject.toml
+	@$(PYTHON) -m venv .venv-beam
+	@.venv-beam/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -e ".[beam]"
+	@touch $@
+
+test-beam: .venv-beam/.ready
+	@.venv-beam/bin/python -m pytest -p no:xdist tests/test_beam.py
 
 lint: setup
 	@$(BIN)/ruff check -q .

@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> dict:
         train="data/train.jsonl",
         tokenizer="data/tokenizer.json",
         clip=dict(seconds=5.12, frames=16, size=224, sample_rate=16000, text_length=64),
-        augment=dict(window=True, crop=0.5, flip=True),
+        augment=dict(window=True, area=(0.5, 1.0), flip=True),
         workers=8,
     )
     evals = dict(retrieval=dict(kind="retrieval", data="data/validation.jsonl", objective="contrast"))

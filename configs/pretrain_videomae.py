@@ -14,7 +14,7 @@ def get_config(variant: str = "") -> dict:
         train="data/train.jsonl",
         tokenizer="data/tokenizer.json",
         clip=dict(seconds=2.13, frames=16, size=224, text_length=8),
-        augment=dict(window=True, crop=0.66, flip=True),
+        augment=dict(window=True, area=(0.5, 1.0), flip=True),
         workers=8,
     )
     return dict(

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jaxtyping  # noqa: E402
 
 # Annotated shapes of the model side are checked at every call.
-CHECKED = ["vmm.layers", "vmm.losses", "vmm.masking", "vmm.encoders", "vmm.objectives"]
+CHECKED = ["vmm.layers", "vmm.augment", "vmm.losses", "vmm.masking", "vmm.encoders", "vmm.objectives"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402

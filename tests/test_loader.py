@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 
 from vmm.data import media, text
-from vmm.data.loader import (
-    Augment,
-    Clip,
-    Data,
-    Loader,
-    Samples,
-    bad_list,
-    bad_summary,
-    evaluation_batches,
-    load_rows,
-    position_to_sample,
-)
+from vmm.data.loader import Loader, bad_list, bad_summary, evaluation_batches, load_mixture
 from vmm.data.manifest import manifest_digest, read_manifest
+from vmm.data.order import position_to_sample
+from vmm.data.samples import Augment, Clip, Data, Samples
 from vmm.errors import DataBudgetError, UserError
 from vmm.types import Batch
 
@@ -174,7 +165,7 @@ def test_a_dataset_smaller_than_a_batch(tones):
 
 # What must not matter.
 
-RANDOM = Augment(crop=0.5, flip=True, drop=0.3)
+RANDOM = Augment(area=(0.5, 1.0), flip=True, drop=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +188,7 @@ def test_worker_processes_do_not_matter(tones, straight):
 def test_the_cache_does_not_matter(tones, world_folder):
     for size in (0, 7000, 1 << 30):  # none, a part of the clips, all
         assert_same(batches(tone_data(tones, cache=size)), batches(tone_data(tones)))
-    for augment in (Augment(), Augment(crop=0.5, flip=True)):
+    for augment in (Augment(), Augment(area=(0.5, 1.0), flip=True)):
         where = dict(clip=WORLD_CLIP, augment=augment, batch=16, stop=7)
         assert_same(
             batches(world_data(world_folder, cache=1 << 30), **where), batches(world_data(world_folder), **where)
@@ -281,7 +272,7 @@ def test_the_seed_matters(tones, straight):
 @pytest.fixture(scope="module")
 def world_samples(world_folder):
     """A function of the augmentation: Samples over the small world."""
-    rows = load_rows(world_folder / "train.jsonl", {})
+    rows = read_manifest(world_folder / "train.jsonl")
     data = world_data(world_folder)
     return lambda augment, seed=0, some=rows: Samples(some, data, WORLD_CLIP, augment, seed)
 
@@ -298,7 +289,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_row(world_samples):
 
 
 def test_neighbours_do_not_matter(world_samples, world_folder):
-    rows = load_rows(world_folder / "train.jsonl", {})
+    rows = read_manifest(world_folder / "train.jsonl")
     other = [*rows[:3], rows[3], *reversed(rows[4:])]
     ours, theirs = world_samples(RANDOM)(0, 1, 3), world_samples(RANDOM, some=other)(0, 1, 3)
     for name in ("video", "audio", "text"):
@@ -307,9 +298,9 @@ def test_neighbours_do_not_matter(world_samples, world_folder):
 
 def test_the_draw_differs_by_epoch_and_by_seed(world_samples):
     rows = range(12)
-    base = world_samples(Augment(crop=0.4, flip=True))
+    base = world_samples(Augment(area=(0.4, 1.0), flip=True))
     first = [base(0, 0, row)["video"] for row in rows]
-    for samples, epoch in ((base, 1), (world_samples(Augment(crop=0.4, flip=True), 1), 0)):
+    for samples, epoch in ((base, 1), (world_samples(Augment(area=(0.4, 1.0), flip=True), 1), 0)):
         again = [samples(0, epoch, row)["video"] for row in rows]
         assert not any(np.array_equal(a, b) for a, b in zip(first, again))
 
@@ -347,13 +338,17 @@ def test_a_random_crop_keeps_at_least_its_share(world_samples, monkeypatch):
     crops = []
     real = media.decode
     monkeypatch.setattr(media, "decode", lambda path, **more: crops.append(more["crop"]) or real(path, **more))
-    samples = world_samples(Augment(crop=0.6))
+    samples = world_samples(Augment(area=(0.6, 1.0)))
     for epoch in range(40):
         samples(0, epoch, 0)
-    scales = [crop.scale for crop in crops]
+    scales = [crop.area for crop in crops]
     assert 0.6 <= min(scales) < 0.7
     assert 0.9 < max(scales) <= 1.0
     assert all(0 <= crop.y <= 1 and 0 <= crop.x <= 1 and not crop.flip for crop in crops)
+    stretches = [crop.aspect for crop in crops]
+    assert 3 / 4 <= min(stretches) < 0.85
+    assert 1.2 < max(stretches) <= 4 / 3
+    assert abs(np.corrcoef(scales, stretches)[0, 1]) < 0.5
     assert max(crop.x for crop in crops) > 0.8
     assert min(crop.x for crop in crops) < 0.2
 
@@ -379,7 +374,7 @@ def test_dropping_never_withholds_everything(world_samples, drop):
 
 
 def test_one_option_does_not_move_the_draws_of_another(world_samples):
-    plain, cropped = world_samples(Augment(drop=0.5)), world_samples(Augment(drop=0.5, crop=0.5, flip=True))
+    plain, cropped = world_samples(Augment(drop=0.5)), world_samples(Augment(drop=0.5, area=(0.5, 1.0), flip=True))
     for row in range(12):
         one, two = plain(0, 1, row), cropped(0, 1, row)
         assert one["present"] == two["present"]
@@ -561,7 +556,7 @@ def test_evaluation_leaves_out_what_cannot_be_decoded(broken):
 
 
 def test_evaluation_is_without_randomness(world_folder):
-    data = world_data(world_folder, augment=dict(crop=0.5, flip=True, drop=0.9))
+    data = world_data(world_folder, augment=dict(area=(0.5, 1.0), flip=True, drop=0.9))
     one, two = ([batch for batch, _ in evaluation_batches(data.train, data, WORLD_CLIP, batch=16)] for _ in range(2))
     assert_same(one, two)
     assert np.array_equal(
@@ -681,12 +676,16 @@ def test_what_a_manifest_says_is_read(tmp_path):
     assert (two.id, two.path, two.start, two.captions) == ("7", str(tmp_path / "b.mp4"), None, ("ünï",))
 
 
+def labelled(path, labels):
+    return load_mixture(Data(train=str(path), tokenizer="", labels=labels))[0]
+
+
 def test_a_label_out_of_range(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(GOOD + '{"path": "b.mp4", "labels": {"k": 4}}\n')
-    assert len(load_rows(path, {"k": 5})) == 2
+    assert len(labelled(path, {"k": 5})) == 2
     with pytest.raises(UserError, match=r"labels\.k: 4 classes") as error:
-        load_rows(path, {"k": 4})
+        labelled(path, {"k": 4})
     assert str(path) in str(error.value)
     assert "4" in str(error.value)
 
@@ -695,7 +694,7 @@ def test_a_label_that_no_clip_has(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(GOOD)
     with pytest.raises(UserError, match=r"data\.labels\.other") as error:
-        load_rows(path, {"other": 2})
+        labelled(path, {"other": 2})
     assert str(path) in str(error.value)
 
 

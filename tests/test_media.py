@@ -287,8 +287,8 @@ def test_flip_mirrors_left_and_right(tmp_path):
 def test_crop_keeps_the_part_it_names(tmp_path):
     path = write(tmp_path / "a.mp4", [corners(64, 64)] * 4)
     for y, x, colour in ((0.0, 0.0, "r"), (0.0, 1.0, "g"), (1.0, 0.0, "b"), (1.0, 1.0, "y")):
-        assert named(read(path, size=24, crop=Crop(y=y, x=x, scale=0.45)).video[0]) == colour * 4
-    assert named(read(path, size=24, crop=Crop(y=0.5, x=0.5, scale=0.5)).video[0]) == "rgby"
+        assert named(read(path, size=24, crop=Crop(y=y, x=x, area=0.45**2)).video[0]) == colour * 4
+    assert named(read(path, size=24, crop=Crop(y=0.5, x=0.5, area=0.25)).video[0]) == "rgby"
 
 
 def test_wide_picture_is_cut_to_the_middle_square_and_not_squeezed(tmp_path):
@@ -304,7 +304,7 @@ def test_wide_picture_is_cut_to_the_middle_square_and_not_squeezed(tmp_path):
 @pytest.mark.parametrize("shape", [(50, 86), (86, 50), (16, 320)])
 def test_any_shape_gives_the_square_asked_for(tmp_path, shape, size):
     path = write(tmp_path / "a.mp4", [grey(5, *shape)] * 2)
-    for crop in (Crop(), Crop(1.0, 1.0, 0.37), Crop(0.0, 1.0, 0.9, True)):
+    for crop in (Crop(), Crop(1.0, 1.0, 0.2), Crop(0.3, 1.0, 0.5, 2.0), Crop(0.0, 1.0, 0.9, 0.7, True)):
         video = read(path, frames=2, size=size, crop=crop).video
         assert video.shape == (2, size, size, 3)
         assert numbers(video) == [5, 5]

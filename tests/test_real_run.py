@@ -28,7 +28,7 @@ def test_real_clips_train_and_embed(tmp_path):
     assert len(read_manifest(tmp_path / "train.jsonl")) == len(rows)
     train_tokenizer(captions, 400).save(str(tmp_path / "tokenizer.json"))
     config = small_config(tmp_path, steps=4, batch=16, log_every=1, evals={})
-    config["data"] |= {"labels": {}, "augment": dict(crop=0.6, flip=True), "budget": 0.0}
+    config["data"] |= {"labels": {}, "augment": dict(area=(0.6, 1.0), flip=True), "budget": 0.0}
     config["optim"] |= {"warmup": 1}
     train(config, tmp_path / "run")
     losses = [row["loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]

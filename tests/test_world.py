@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vmm.data import media, text, world
-from vmm.data.loader import Augment, Clip, Data, Samples
 from vmm.data.manifest import read_manifest
+from vmm.data.samples import Augment, Clip, Data, Samples
 from vmm.errors import UserError
 
 SPLITS = {"train": 48, "validation": 12, "test": 18}

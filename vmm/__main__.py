@@ -10,6 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmm.bench.commands import add as add_bench_commands
+from vmm.data.commands import add as add_data_commands
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vmm", description="Pretrain video models with their sound and their text.")
@@ -42,54 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     data = commands.add_parser("data", help="make datasets").add_subparsers(dest="data", required=True, metavar="WHAT")
-    world = data.add_parser("world", help="write the synthetic world: mp4 files whose labels are known")
-    world.add_argument("folder", type=Path)
-    world.add_argument("--train", type=int, default=2304, help="clips of the training split (default %(default)s)")
-    world.add_argument("--validation", type=int, default=288, help="default %(default)s")
-    world.add_argument("--test", type=int, default=288, help="default %(default)s")
-    world.add_argument("--seed", type=int, default=0)
-    world.add_argument(
-        "--missing", type=float, default=1 / 9, help="share of clips without sound or caption (default 1/9)"
-    )
-    tokenizer = data.add_parser("tokenizer", help="train a byte-pair tokenizer on a manifest's captions")
-    tokenizer.add_argument("manifest", type=Path)
-    tokenizer.add_argument("out", type=Path)
-    tokenizer.add_argument("--vocabulary", type=int, default=512, help="entries at most (default %(default)s)")
+    add_data_commands(data)
+
+    bench = commands.add_parser("bench", help="measure speed")
+    add_bench_commands(bench.add_subparsers(dest="bench", required=True, metavar="WHAT"))
     return parser
 
 
-def _world(args) -> None:
-    from rich.progress import Progress
-
-    from vmm.data import world
-
-    sizes = {"train": args.train, "validation": args.validation, "test": args.test}
-    with Progress(transient=True) as bar:
-        task = bar.add_task("writing clips", total=sum(sizes.values()))
-        world.generate(
-            args.folder, sizes, args.seed, args.missing,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    print(f"{args.folder}: {sum(sizes.values())} clips, {', '.join(f'{k} {v}' for k, v in sizes.items())}")
-
-
-def _tokenizer(args) -> None:
-    from vmm.data.manifest import read_manifest
-    from vmm.data.text import train_tokenizer
-    from vmm.errors import UserError
-
-    captions = [text for row in read_manifest(args.manifest) for text in row.captions]
-    if not captions:
-        raise UserError(f"dataset {args.manifest}: no clip has a caption, so there is nothing to train a tokenizer on")
-    tokenizer = train_tokenizer(captions, args.vocabulary)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.out))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} entries from {len(captions)} captions")
-
-
 def _run(args) -> None:
-    if args.command == "data":
-        {"world": _world, "tokenizer": _tokenizer}[args.data](args)
+    if args.command in ("data", "bench"):
+        args.run(args)
     elif args.command == "train":
         from vmm.build import load_config
         from vmm.train import train

@@ -20,7 +20,7 @@ from rich.table import Table
 from scipy import stats
 
 from vmm.build import digest, load_config, plain, write_text
-from vmm.data.manifest import manifest_digest
+from vmm.data.loader import train_digests
 from vmm.errors import UserError, one_of
 from vmm.evaluate import evaluate
 from vmm.experiment import Experiment, numbers
@@ -82,7 +82,7 @@ def _one(out: Path, variant: str, seed: int, config: dict) -> dict:
         "variant": variant,
         "seed": seed,
         "config": digest(numbers(config)),
-        "data": manifest_digest(config["data"]["train"]) if Path(config["data"]["train"]).is_file() else None,
+        "data": train_digests(config["data"]["train"]),
     }
     for row in read_rows(path):
         if all(row.get(key) == value for key, value in identity.items()):
@@ -154,11 +154,13 @@ def _table(study: dict, rows: list[dict]) -> list[dict]:
 
 
 def _print(table: list[dict], title: str) -> None:
+    # Variants run across: they are few, and a terminal is narrow.
     printed = Table(title=f"{title}, % (mean ± 95 % interval over seeds)")
-    for column in table[0]:
-        printed.add_column(column, justify="left" if column == "variant" else "right")
+    printed.add_column("")
     for line in table:
-        printed.add_row(*line.values())
+        printed.add_column(line["variant"], justify="right")
+    for column in list(table[0])[1:]:
+        printed.add_row(column, *(line[column] for line in table))
     Console().print(printed)
 
 

@@ -54,8 +54,9 @@ class Predict:
         wanted = [s for s in SUBSETS if s == "VAT" or set(SUBSETS[s]) <= set(experiment.config.trunk["encoders"])]
         parts: dict = {subset: [] for subset in wanted}
         batches = evaluation_batches(
-            manifest, experiment.data, experiment.clip, batch=size, host=jax.process_index(), hosts=hosts
-        )
+            manifest, experiment.data, experiment.clip, batch=size, host=jax.process_index(), hosts=hosts,
+            views=experiment.evaluation,
+        )  # fmt: skip
         for batch, rows in batches:
             for subset in wanted:
                 shown = {
@@ -71,7 +72,27 @@ class Predict:
                 keep = values.pop("valid")
                 parts[subset].append({key: value[keep] for key, value in values.items()})
         for subset, pieces in parts.items():
-            self.memory[manifest, subset] = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+            whole = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+            self.memory[manifest, subset] = mean_of_views(whole)
+
+
+def mean_of_views(values: Mapping) -> dict:
+    """Returns one row a clip: the mean over its views of what is predicted (floats), the first of what is told.
+
+    values: arrays [n …] with "row", the clip's number, ascending.
+    """
+    _, first, of_clip, count = np.unique(values["row"], return_index=True, return_inverse=True, return_counts=True)
+    if len(first) == len(values["row"]):
+        return dict(values)
+    result = {}
+    for key, value in values.items():
+        if not np.issubdtype(value.dtype, np.floating):
+            result[key] = value[first]
+            continue
+        total = np.zeros((len(first), *value.shape[1:]), np.float64)
+        np.add.at(total, of_clip, value)
+        result[key] = (total / count.reshape(-1, *(1,) * (value.ndim - 1))).astype(value.dtype)
+    return result
 
 
 def _whole(values: Mapping) -> dict:
@@ -127,7 +148,7 @@ def evaluate(workdir: str | Path, again: bool = False) -> dict:
     identity = {
         "step": run.step,
         "config": digest(numbers(run.config)),
-        "evals": digest(run.config.get("evals", {})),
+        "evals": digest({"evals": run.config.get("evals", {}), "views": run.config["data"].get("evaluation", {})}),
         "data": {manifest: manifest_digest(manifest) for manifest in manifests},
     }
     path = run.workdir / "evals.jsonl"

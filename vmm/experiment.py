@@ -1,15 +1,17 @@
 """A whole config, checked and built: the one place that knows which parts a config has."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vmm.augment import MixUp, SpecAugment, augment
 from vmm.build import build, make
-from vmm.data.loader import Augment, Clip, Data
 from vmm.data.media import check_size
+from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
 from vmm.errors import UserError
 from vmm.evals import EVALS
 from vmm.model import Recipe, loss_function
@@ -20,7 +22,7 @@ from vmm.types import MODALITIES, Batch
 
 # Keys that may change between a run and its continuation: they leave its numbers alone.
 _FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every")
-_FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget")
+_FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
 
 def numbers(config: Mapping) -> dict:
@@ -58,7 +60,7 @@ class Config:
 
 
 class Experiment:
-    """The parts of a config: config, data, clip, augment, optim, mesh, recipe, evals."""
+    """The parts of a config: config, data, clip, augment, mixup, evaluation, optim, mesh, recipe, evals."""
 
     def __init__(self, config: Mapping):
         """Raises UserError for any key, kind or value that is wrong, before anything is done."""
@@ -71,11 +73,17 @@ class Experiment:
         self.data = make(Data, c.data, "data")
         self.clip = make(Clip, self.data.clip, "data.clip")
         check_size(self.clip.size, self.clip.frames, self.clip.seconds)
+        bucket_clips(self.data, self.clip)
         self.augment = make(Augment, self.data.augment, "data.augment")
+        self.evaluation = make(EvaluationViews, self.data.evaluation, "data.evaluation")
         self.optim = make(Optim, c.optim, "optim")
         self.mesh = make(MeshShape, c.mesh, "mesh")
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
-        self.recipe = Recipe(c.trunk, c.views, c.objectives, c.dtype)
+        spectrogram = make(SpecAugment, self.augment.spectrogram, "data.augment.spectrogram")
+        self.recipe = Recipe(c.trunk, c.views, c.objectives, c.dtype, spectrogram if self.augment.spectrogram else None)
+        self.mixup = make(MixUp, self.augment.mixup, "data.augment.mixup") if self.augment.mixup else None
+        if self.mixup:
+            self._check_mixup()
         if any(view.get("teacher") for view in c.views.values()) and not self.optim.ema:
             raise UserError("optim.ema: a view has a teacher, which is the running average; give ema a decay above 0")
         unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
@@ -83,6 +91,18 @@ class Experiment:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
         self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
+
+    def _check_mixup(self) -> None:
+        wrong = set(self.mixup.modalities) - {"video", "audio"}
+        if wrong or not self.mixup.modalities or self.mixup.alpha <= 0:
+            raise UserError(
+                "data.augment.mixup: alpha is above 0, and modalities are of video and audio; text cannot be mixed"
+            )
+        other = [name for name, spec in self.config.objectives.items() if spec.get("kind") != "classify"]
+        if other:
+            raise UserError(
+                f"data.augment.mixup: objectives.{other[0]} does not know mixed samples; MixUp is for classify alone"
+            )
 
     def batch_shapes(self, rows: int | None = None) -> Batch:
         """Returns the abstract batch that the loader gives."""
@@ -112,7 +132,9 @@ class Experiment:
 
     def loss(self) -> Callable:
         """Returns (params, teacher, batch, key) → (loss, metrics)."""
-        return loss_function(self.recipe, self.optim.accumulate)
+        a = self.augment
+        perturb = functools.partial(augment, colour=a.colour, gain=a.gain, mixup=self.mixup)
+        return loss_function(self.recipe, self.optim.accumulate, perturb)
 
     def program(self, mesh) -> Program:
         """Returns the compiled-on-demand init and step of this experiment."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vmm import masking
+from vmm.augment import SpecAugment, spec_augment
 from vmm.build import build
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
@@ -65,12 +66,14 @@ class Recipe(nn.Module):
 
     trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r}, "teacher": bool}.
     objectives: name → spec of OBJECTIVES, each with the `view` it reads and its `weight`.
+    spectrogram: SpecAugment of the sound while training; never in predict and embed.
     """
 
     trunk: Mapping
     views: Mapping
     objectives: Mapping
     dtype: str = "float32"
+    spectrogram: SpecAugment | None = None
 
     def setup(self):
         self.model = build({"trunk": Trunk}, {"kind": "trunk", **self.trunk}, "trunk", dtype=self.dtype)
@@ -115,6 +118,9 @@ class Recipe(nn.Module):
     def look(self, batch: Batch, keys: Array, teacher: bool) -> dict:
         """Returns view → Outputs for the views that objectives read and that are (not) a teacher's."""
         patches = self.patches(batch)
+        if self.spectrogram and "audio" in patches:
+            patch = self.model.encoder["audio"].patch
+            patches["audio"] = spec_augment(patches["audio"], patch, keys, self.spectrogram)
         wanted = dict.fromkeys(objective.view for objective in self.objective.values())
         return {
             view: self._look(view, patches, keys)
@@ -178,10 +184,11 @@ def sample_keys(key: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def loss_function(recipe: Recipe, accumulate: int = 1) -> Callable:
+def loss_function(recipe: Recipe, accumulate: int = 1, augment: Callable | None = None) -> Callable:
     """Returns loss(params, teacher, batch, key) → (scalar, metrics), for one global batch.
 
     teacher: parameters of teacher views (the EMA); their gradient is zero.
+    augment: (batch, keys) → batch, before anything else.
     accumulate: the trunk runs over this many parts of the batch, one after the other, and again
     for the gradient, so that the activations of one part are held at a time. The loss is that of
     the whole batch, negatives and means included: exactly that of accumulate = 1.
@@ -197,6 +204,7 @@ def loss_function(recipe: Recipe, accumulate: int = 1) -> Callable:
 
     def loss(params, teacher, batch, key):
         keys = sample_keys(key, batch.index)
+        batch = augment(batch, keys) if augment else batch
         if accumulate == 1:
             value = features(params, teacher, batch, keys)
         else:

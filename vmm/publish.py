@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 import vmm
 from vmm.build import digest, plain, write_text
 from vmm.data import media, text
-from vmm.data.manifest import manifest_digest
+from vmm.data.loader import train_digests
 from vmm.errors import StorageError, UserError
 from vmm.evaluate import grid, show
 from vmm.experiment import Experiment, numbers
@@ -106,7 +106,7 @@ def model_card(run: Run) -> ModelCard:
         f"| steps × batch | {run.step} of {c.steps} × {c.batch} clips |",
         f"| clip | {clip.seconds} s, {clip.frames} frames of {clip.size} × {clip.size}; audio at {clip.sample_rate} Hz |",
         f"| objectives | {objectives} |",
-        f"| training data | `{run.experiment.data.train}`, manifest SHA-256 `{_digest_or_gone(run.experiment.data.train)}` |",
+        f"| training data | {_told(train_digests(run.experiment.data.train))} |",
         f"| config | `{digest(numbers(run.config))}`, seed {c.seed} |",
         f"| code | vmm {vmm.__version__}, commit `{commit()}` |",
     ]
@@ -134,8 +134,11 @@ def model_card(run: Run) -> ModelCard:
 _EXAMPLE = {"video": 'video="clip.mp4"', "audio": 'audio="clip.mp4"', "text": 'text="what is seen and heard"'}
 
 
-def _digest_or_gone(manifest: str) -> str:
-    return manifest_digest(manifest) if Path(manifest).is_file() else "unknown (the file is gone)"
+def _told(digests: dict) -> str:
+    return "; ".join(
+        f"`{manifest}`, manifest SHA-256 `{digest or 'unknown (the file is gone)'}`"
+        for manifest, digest in digests.items()
+    )
 
 
 def load_published(source: str) -> "Model":

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vmm.build import write_text
-from vmm.data.loader import evaluation_batches, load_rows
+from vmm.data.loader import evaluation_batches
+from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer
 from vmm.errors import StorageError, UserError
 from vmm.evaluate import Predict, grid, show
@@ -171,7 +172,7 @@ def _similarity(run: Run, name: str) -> list[str]:
         "<h2>Similarity</h2><p>The first 64 test clips against their captions; the diagonal is the truth.</p>",
         _svg(figure),
     ]
-    manifest = load_rows(evaluator.data, {})
+    manifest = read_manifest(evaluator.data, bool(run.experiment.data.remote))
     numbers = rows["row"][complete]
     query = sum(rows[key][complete] for key in streams)
     scores = query @ texts.T

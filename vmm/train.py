@@ -153,9 +153,9 @@ class _Clock:
         self.since, self.at, self.waited = now, step, 0.0
         return speed
 
-    def left(self, steps: int) -> float:
-        """Returns the seconds that so many steps take, at the run's mean pace."""
-        return steps * self.lasted / max(self.steps, 1)
+    def left(self, steps: int) -> float | None:
+        """Returns the seconds that so many steps take, at the run's mean pace; None before it is known."""
+        return steps * self.lasted / self.steps if self.steps else None
 
 
 def _agree(asked: str | None) -> bool:

@@ -29,6 +29,13 @@ SUBSETS = {
 }
 
 
+class Mixed(NamedTuple):
+    """Partners whose inputs were mixed in (MixUp). labels: name → int32 [B K]; share: float32 [B K], sum below 1."""
+
+    labels: dict
+    share: Float
+
+
 class Batch(NamedTuple):
     """One global batch, as the loader gives it and the device receives it.
 
@@ -39,6 +46,7 @@ class Batch(NamedTuple):
     index: int32 [B], the sample's place in the order of the run: a pure function of
         (seed, step), and the seed of everything random about the sample.
     valid: bool [B], False for rows that only fill up an evaluation's last batch.
+    mixed: what was mixed into the inputs, None: nothing.
     """
 
     inputs: dict
@@ -46,6 +54,7 @@ class Batch(NamedTuple):
     labels: dict
     index: Int
     valid: Bool
+    mixed: Mixed | None = None
 
 
 class Patches(NamedTuple):

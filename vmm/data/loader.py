@@ -1,13 +1,11 @@
 """Manifest → Grain → batches: the order and the randomness are a pure function of (seed, step).
 
-Position p of the run is sample (p mod n) of epoch (p div n) in that epoch's own shuffle. A batch is
-the positions [step * B, (step + 1) * B); each host takes its contiguous slice. Nothing else is
-state: to resume, start at another step, with any number of workers or hosts.
+Place i of step s is what vmm/data/order.py says; each host takes its contiguous slice of a step's places.
+Nothing else is state: to resume, start at another step, with any number of workers or hosts.
 """
 
 import dataclasses
 import gc
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,73 +14,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from vmm.data import media, text
-from vmm.data.manifest import Row, read_manifest
+from vmm.build import make
+from vmm.data import media
+from vmm.data.manifest import Row, manifest_digest, read_manifest
+from vmm.data.order import Order, Part, split_buckets
+from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
 from vmm.errors import DataBudgetError, UserError
 from vmm.types import Batch
-
-_ATTEMPTS = 16  # substitutes tried for a bad file before the loader gives up
-_BLOCK = 1 << 31
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """The window of a clip that one sample shows; the same for training and for a published model.
-
-    seconds: length of the window. frames: T. size: H = W, pixels. sample_rate: Hz.
-    text_length: L, tokens of a caption with its start and end.
-    """
-
-    seconds: float = 2.0
-    frames: int = 8
-    size: int = 64
-    sample_rate: int = 16000
-    text_length: int = 32
-
-    @property
-    def samples(self) -> int:
-        """S, audio samples in the window."""
-        return round(self.seconds * self.sample_rate)
-
-
-@dataclasses.dataclass(frozen=True)
-class Augment:
-    """Randomness of training samples. All off: the middle window, the middle square, the first caption.
-
-    window: draw the window's place in a longer clip. crop: smallest share of the short side that a
-    random square keeps (1.0: the largest square, in the middle). flip: mirror half of the clips.
-    caption: draw among the phrasings. drop: probability with which each stream is withheld
-    (never the last one).
-    """
-
-    window: bool = True
-    crop: float = 1.0
-    flip: bool = False
-    caption: bool = True
-    drop: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where samples come from and how they are read.
-
-    train: manifest of the training clips. tokenizer: a tokenizer.json. clip: see Clip.
-    augment: see Augment. labels: label → number of classes that a batch carries.
-    workers: decoding processes; 0 decodes in threads of this one. threads: per process.
-    prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
-    that fit in memory. budget: share of the dataset's files that may fail.
-    """
-
-    train: str
-    tokenizer: str
-    clip: Mapping = dataclasses.field(default_factory=dict)
-    augment: Mapping = dataclasses.field(default_factory=dict)
-    labels: Mapping = dataclasses.field(default_factory=dict)
-    workers: int = 2
-    threads: int = 4
-    prefetch: int = 4
-    cache: int = 0
-    budget: float = 0.01
 
 
 class Bad(NamedTuple):
@@ -91,158 +29,6 @@ class Bad(NamedTuple):
     id: str
     path: str
     reason: str
-
-
-def position_to_sample(position: int, size: int, seed: int) -> tuple[int, int]:
-    """Returns (epoch, row) of a place in the order of the run; every epoch holds each row once."""
-    epoch, place = divmod(position, size)
-    if size == 1:
-        return epoch, 0
-    key = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
-    return epoch, grain.experimental.index_shuffle(place, max_index=size - 1, seed=int(key), rounds=4)
-
-
-class _Cache:
-    """Decoded windows of this process, up to a number of bytes; first come, first kept."""
-
-    def __init__(self, limit: int):
-        self.limit, self.used, self.kept, self.lock = limit, 0, {}, threading.Lock()
-
-    def get(self, key):
-        return self.kept.get(key)
-
-    def put(self, key, value: media.Media) -> None:
-        size = sum(array.nbytes for array in value if array is not None)
-        with self.lock:
-            if key not in self.kept and self.used + size <= self.limit:
-                self.used += size
-                self.kept[key] = value
-
-    def __reduce__(self):  # a worker process starts with its own, empty
-        return _Cache, (self.limit,)
-
-
-class Samples:
-    """Row and randomness → one sample, as a dict of NumPy arrays. Shared by training and evaluation."""
-
-    def __init__(self, rows: list[Row], data: Data, clip: Clip, augment: Augment | None, seed: int):
-        self.rows, self.clip, self.augment, self.seed = rows, clip, augment, seed
-        self.labels = dict(data.labels)
-        self.tokenizer = text.load_tokenizer(data.tokenizer)
-        self.cache = _Cache(data.cache)
-
-    def __setstate__(self, state: dict):  # in a worker process
-        self.__dict__.update(state)
-        self.tokenizer.encode_special_tokens = True  # pickling forgets it
-
-    def __call__(self, position: int, epoch: int, row: int) -> dict:
-        """Returns the sample; a row that cannot be decoded is replaced by another, and flagged.
-
-        `failed` and `reason` name the row and why, -1 where all is well: the number and order of
-        samples never depend on bad files.
-        """
-        failed, reason = -1, -1
-        for attempt in range(_ATTEMPTS):
-            rng = np.random.default_rng([self.seed, epoch, row, attempt])
-            try:
-                sample = self._sample(self.rows[row], row, rng)
-                break
-            except media.DecodeError as error:
-                if attempt == 0:
-                    failed, reason = row, media.REASONS.index(error.reason)
-                if attempt == _ATTEMPTS - 1:
-                    raise DataBudgetError(
-                        f"{_ATTEMPTS} files in a row could not be decoded, the last {self.rows[row].path} ({error}); "
-                        "check the paths in the manifest"
-                    ) from None
-                row = int(np.random.default_rng([self.seed, epoch, row, attempt, 1]).integers(len(self.rows)))
-        return sample | {
-            "index": np.int32(position % _BLOCK),
-            "failed": np.int32(failed),
-            "reason": np.int32(reason),
-        }
-
-    def _sample(self, row: Row, number: int, rng: np.random.Generator) -> dict:
-        clip, augment = self.clip, self.augment
-        draw = rng.uniform(size=5)  # drawn whole, so that one option never moves another's numbers
-        crop, place, drawn = media.Crop(), 0.5, False
-        if augment:
-            drawn = augment.crop < 1 or augment.flip
-            if augment.crop < 1:
-                crop = media.Crop(draw[0], draw[1], augment.crop + draw[2] * (1 - augment.crop))
-            crop = crop._replace(flip=bool(augment.flip and draw[3] < 0.5))
-            place = draw[4] if augment.window else 0.5
-        window = _Window(row, clip.seconds, place)
-        key = None if drawn else number
-        decoded = self.cache.get(key) if key is not None else None
-        if decoded is None:
-            decoded = media.decode(
-                row.path,
-                pick=window,
-                seconds=clip.seconds,
-                frames=clip.frames,
-                size=clip.size,
-                sample_rate=clip.sample_rate,
-                crop=crop,
-            )
-            if key is not None and window.only:
-                self.cache.put(key, decoded)
-        caption = ""
-        if row.captions:
-            caption = row.captions[int(rng.integers(len(row.captions))) if augment and augment.caption else 0]
-        present = {
-            "video": decoded.video is not None,
-            "audio": decoded.audio is not None,
-            "text": bool(caption),
-        }
-        if augment and augment.drop:
-            present = _withhold(present, augment.drop, rng)
-        ids = np.zeros(clip.text_length, np.int32)
-        if present["text"]:
-            ids = text.encode(self.tokenizer, caption, clip.text_length)
-        shape = (clip.frames, clip.size, clip.size, 3)
-        return {
-            "video": decoded.video if present["video"] else np.zeros(shape, np.uint8),
-            "audio": decoded.audio if present["audio"] else np.zeros(clip.samples, np.float32),
-            "text": ids,
-            "present": {name: np.bool_(value) for name, value in present.items()},
-            "labels": {name: np.int32(row.labels.get(name, -1)) for name in self.labels},
-            "row": np.int32(number),
-        }
-
-
-class _Window:
-    """Picks the window's start in a clip; `only` tells whether another draw could differ."""
-
-    def __init__(self, row: Row, seconds: float, place: float):
-        self.row, self.seconds, self.place, self.only = row, seconds, place, False
-
-    def __call__(self, duration: float | None) -> float:
-        start = self.row.start or 0.0
-        end = self.row.end if self.row.end is not None else duration
-        room = max(0.0, (end if end is not None else start) - start - self.seconds)
-        self.only = room == 0.0
-        return start + self.place * room
-
-
-def _withhold(present: dict, probability: float, rng: np.random.Generator) -> dict:
-    """Returns presence with streams dropped at random, never all of them."""
-    keep = {name: there and rng.uniform() >= probability for name, there in present.items()}
-    if any(keep.values()) or not any(present.values()):
-        return keep
-    there = [name for name, value in present.items() if value]
-    return keep | {there[int(rng.integers(len(there)))]: True}
-
-
-def stack(samples: list[dict]) -> dict:
-    """Stacks samples (nested dicts of arrays) along a new batch axis."""
-    first = samples[0]
-    return {
-        key: stack([sample[key] for sample in samples])
-        if isinstance(first[key], dict)
-        else np.stack([sample[key] for sample in samples])
-        for key in first
-    }
 
 
 def _copied(sample: dict) -> dict:
@@ -262,16 +48,16 @@ def to_batch(sample: Mapping, valid: np.ndarray | None = None) -> Batch:
 
 
 class _Place:
-    """Position of the run → its sample (picklable, for Grain's worker processes)."""
+    """Number of a sample of this host → the sample (picklable, for Grain's worker processes)."""
 
-    def __init__(self, samples: Samples, seed: int, batch: int, local: slice, start: int):
-        self.samples, self.seed, self.batch, self.local, self.start = samples, seed, batch, local, start
+    def __init__(self, samples: Samples, order: Order, local: slice, start: int):
+        self.samples, self.order, self.local, self.start = samples, order, local, start
 
-    def __call__(self, place: int) -> dict:
-        local = self.local.stop - self.local.start
-        step, offset = divmod(place, local)
-        position = (self.start + step) * self.batch + self.local.start + offset
-        return self.samples(position, *position_to_sample(position, len(self.samples.rows), self.seed))
+    def __call__(self, number: int) -> dict:
+        step, offset = divmod(number, self.local.stop - self.local.start)
+        step, place = self.start + step, self.local.start + offset
+        bucket, epoch, row, peers = self.order(step, place)
+        return self.samples(step * self.order.batch + place, epoch, row, peers, bucket)
 
 
 class Loader:
@@ -289,13 +75,21 @@ class Loader:
         Raises:
           UserError: the dataset or tokenizer is missing or empty, or labels do not fit.
         """
-        rows = load_rows(data.train, data.labels)
+        rows, parts = load_mixture(data)
         if batch % hosts:
             raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
         self.rows, self.budget, self.bad, self.workers = rows, data.budget, {}, data.workers
         local = batch // hosts
         samples = Samples(rows, data, clip, augment, seed)
-        place = _Place(samples, seed, batch, slice(host * local, (host + 1) * local), start)
+        buckets = [parts]
+        if data.buckets:
+            seconds = [clip.seconds for clip in bucket_clips(data, clip)]
+            buckets = split_buckets([row.seconds for row in rows], parts, seconds)
+            # A bucket that no clip fills has no batches.
+            samples.clips = [clip for clip, parts in zip(samples.clips, buckets) if parts]
+            buckets = [parts for parts in buckets if parts]
+        order = Order(buckets, batch, seed)
+        place = _Place(samples, order, slice(host * local, (host + 1) * local), start)
         count = max(0, stop - start)
         dataset = grain.MapDataset.range(count * local).map(place).batch(local, batch_fn=stack)
         # Grain keeps `prefetch` batches ready, each decoded by one thread; clips of a batch are
@@ -334,20 +128,62 @@ class Loader:
         gc.collect()  # Grain's iterator is a cycle that holds the last batches' shared memory
 
 
-def load_rows(manifest: str | Path, labels: Mapping) -> list[Row]:
-    """Reads a manifest and checks its labels against the class counts.
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A dataset of a mixture. manifest: its path. weight: relative to the others'."""
+
+    manifest: str
+    weight: float
+
+
+def mixture(train: str | Mapping) -> dict[str, Mixed]:
+    """Returns name → Mixed of data.train; a single manifest is a mixture of one.
 
     Raises:
-      UserError: as read_manifest, or a label out of range, or a label that no clip carries.
+      UserError: an entry has other keys, or a weight that is not above 0.
     """
-    rows = read_manifest(manifest)
-    for name, classes in labels.items():
+    if isinstance(train, str):
+        return {"train": Mixed(train, 1.0)}
+    result = {name: make(Mixed, spec, f"data.train.{name}") for name, spec in train.items()}
+    for name, part in result.items():
+        if not part.weight > 0:
+            raise UserError(f"data.train.{name}.weight: must be above 0, got {part.weight}; take the dataset out")
+    if not result:
+        raise UserError("data.train: names no dataset")
+    return result
+
+
+def train_digests(train: str | Mapping) -> dict[str, str | None]:
+    """Returns manifest → its SHA-256 for every dataset of data.train; None where the file is gone."""
+    manifests = [part.manifest for part in mixture(train).values()]
+    return {path: manifest_digest(path) if Path(path).is_file() else None for path in manifests}
+
+
+def load_mixture(data: Data) -> tuple[list[Row], list[Part]]:
+    """Returns the rows of all datasets of data.train, one after the other, and which are whose.
+
+    Raises:
+      UserError: as read_manifest, a label out of range, or one that no clip carries.
+    """
+    rows, parts = [], []
+    for part in mixture(data.train).values():
+        mine = read_manifest(part.manifest, bool(data.remote))
+        parts.append(Part(np.arange(len(rows), len(rows) + len(mine)), part.weight))
+        rows += mine
+    _check_labels(rows, data)
+    return rows, parts
+
+
+def _check_labels(rows: list[Row], data: Data, where: str | Path | None = None) -> None:
+    where = where or ", ".join(part.manifest for part in mixture(data.train).values())
+    for name, classes in data.labels.items():
         values = [row.labels[name] for row in rows if name in row.labels]
         if not values:
-            raise UserError(f"data.labels.{name}: no clip of {manifest} has this label")
+            raise UserError(f"data.labels.{name}: no clip of {where} has this label")
+        if any(isinstance(value, list) for value in values):
+            raise UserError(f"data.labels.{name}: lists of classes in {where}; a batch carries one class a label")
         if max(values) >= classes:
-            raise UserError(f"data.labels.{name}: {classes} classes, but {manifest} has class {max(values)}")
-    return rows
+            raise UserError(f"data.labels.{name}: {classes} classes, but {where} has class {max(values)}")
 
 
 def bad_summary(bad: Mapping) -> str:
@@ -364,41 +200,43 @@ def bad_list(bad: Mapping) -> str:
 
 
 def evaluation_batches(
-    manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yields (Batch, row numbers) over every clip of a manifest once, without randomness.
+    manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
+    views: EvaluationViews = EvaluationViews(),
+) -> Iterator[tuple[Batch, np.ndarray]]:  # fmt: skip
+    """Yields (Batch, row numbers) over every view of every clip of a manifest once, without randomness.
 
-    Every host yields the same number of batches of batch // hosts rows; rows that only fill up
-    are not valid. A clip that cannot be decoded is left out (not valid): a score is of clips
-    that exist.
+    Views of a clip follow one another. Every host yields the same number of batches of batch // hosts
+    rows; rows that only fill up are not valid. A clip that cannot be decoded is left out (not valid): a
+    score is of clips that exist.
     """
-    rows = load_rows(manifest, data.labels)
+    rows = read_manifest(manifest, bool(data.remote))
+    _check_labels(rows, data, manifest)
     if batch % hosts:
         raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
     samples = Samples(rows, data, clip, None, 0)
+    samples.clips = [clip]
     local = batch // hosts
-    steps = -(-len(rows) // batch)
+    steps = -(-len(rows) * views.clips * views.crops // batch)
     places = [step * batch + host * local + offset for step in range(steps) for offset in range(local)]
-    dataset = grain.MapDataset.source(places).map(_Exam(samples)).batch(local, batch_fn=stack)
+    dataset = grain.MapDataset.source(places).map(_Exam(samples, views)).batch(local, batch_fn=stack)
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads))
     for sample in dataset.to_iter_dataset(options):
         yield to_batch(sample, valid=sample["valid"]), sample["row"]
 
 
 class _Exam:
-    """Row number → its sample for evaluation; past the end, or undecodable: an empty, invalid one."""
+    """Number of a view → its sample for evaluation; past the end, or undecodable: an empty, invalid one."""
 
-    def __init__(self, samples: Samples):
-        self.samples = samples
+    def __init__(self, samples: Samples, views: EvaluationViews):
+        self.samples, self.views = samples, views
 
-    def __call__(self, row: int) -> dict:
-        rows, clip = self.samples.rows, self.samples.clip
+    def __call__(self, number: int) -> dict:
+        clip = self.samples.clips[0]
+        row, view = divmod(number, self.views.clips * self.views.crops)
         extra = {"index": np.int32(row), "failed": np.int32(-1), "reason": np.int32(-1)}
-        if row < len(rows):
+        if row < len(self.samples.rows):
             try:
-                return (
-                    self.samples._sample(rows[row], row, np.random.default_rng(0)) | extra | {"valid": np.bool_(True)}
-                )
+                return self.samples.view(row, *self.views.place(view)) | extra | {"valid": np.bool_(True)}
             except media.DecodeError as error:
                 extra |= {"failed": np.int32(row), "reason": np.int32(media.REASONS.index(error.reason))}
         return extra | {

@@ -7,12 +7,15 @@ into one `DecodeError` with a reason.
 
 import contextlib
 import math
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
 
+from vmm.data.skipping import shown_at
 from vmm.errors import UserError
 
 # Containers of media proper: no playlists (hls, concat, dash), no devices, no image lists.
@@ -21,7 +24,7 @@ _FORMATS = (
     "aac,ac3,eac3,aiff,caf,amr,h264,hevc,av1,obu,ivf,gif,rm,nut,mxf,dv,vc1,aa,tta,ape,wv"
 )
 _MAX_PIXELS = 8192 * 8192
-_MAX_SECONDS = 1e7  # a duration above this (116 days) is a broken header
+LONGEST = 1e7  # seconds; a duration above this (116 days) is a broken header
 _LANDS_LATE = 10.0  # seconds by which a seek may miss in a container without an index
 _PREROLL = 0.25  # seconds of sound decoded before the window, for codecs with overlap
 
@@ -31,23 +34,35 @@ class DecodeError(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
-REASONS = ("missing", "unreadable", "undecodable", "no streams", "no frames", "too large")
+REASONS = ("missing", "unreadable", "undecodable", "no streams", "no frames", "too large", "changed")
 
 
 # Every way in which a broken file fails.
-_BROKEN = (av.FFmpegError, OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError)
+BROKEN = (av.FFmpegError, OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError)
 
 
 class Crop(NamedTuple):
-    """Which part of a frame is kept. Fractions of the free range in y and x, and of the short side."""
+    """Which part of a frame is kept.
+
+    y, x: its place, fractions of the free range. area: share of the picture, None: the largest square.
+    aspect: width to height of a part with an area; it is squeezed into a square. flip: mirrored.
+    """
 
     y: float = 0.5
     x: float = 0.5
-    scale: float = 1.0
+    area: float | None = None
+    aspect: float = 1.0
     flip: bool = False
+
+    def sides(self, height: int, width: int) -> tuple[float, float]:
+        """Returns the height and width of the part, in pixels of the frame; what does not fit is cut."""
+        if self.area is None:
+            return min(height, width), min(height, width)
+        root = math.sqrt(self.area * height * width)
+        return min(height, root / math.sqrt(self.aspect)), min(width, root * math.sqrt(self.aspect))
 
 
 class Media(NamedTuple):
@@ -59,8 +74,8 @@ class Media(NamedTuple):
 
 def probe_duration(source: str | Path | BinaryIO) -> float | None:
     """Returns the container's own length in seconds, None where it tells none that can be true."""
-    with _opened(source) as container:
-        return _duration(container)
+    with opened(source) as container:
+        return duration(container)
 
 
 def decode(
@@ -94,35 +109,36 @@ def decode(
       DecodeError: nothing of what is wanted could be decoded.
     """
     try:
-        with _opened(source) as container:
-            if not container.streams.video and not container.streams.audio:
+        with opened(source) as container:
+            seen, heard = video_stream(container), audio_stream(container)
+            if seen is None and heard is None:
                 raise DecodeError("no streams")
-            start = max(0.0, float(pick(_duration(container))))
+            start = max(0.0, float(pick(duration(container))))
             video = audio = failed = None
-            if "video" in want and container.streams.video:
+            if "video" in want and seen is not None:
                 try:
-                    video = _video(container, start, seconds, frames, size, crop)
+                    video = _video(container, seen, start, seconds, frames, size, crop)
                     if video is None and start > 0:
                         # The header promised more than there is: the beginning stands in.
                         start = 0.0
-                        video = _video(container, start, seconds, frames, size, crop)
-                except _BROKEN as error:  # the sound may still be good
+                        video = _video(container, seen, start, seconds, frames, size, crop)
+                except BROKEN as error:  # the sound may still be good
                     failed = error
-            if "audio" in want and container.streams.audio:
+            if "audio" in want and heard is not None:
                 try:
-                    audio = _audio(container, start, seconds, sample_rate)
-                except _BROKEN as error:
+                    audio = _audio(container, heard, start, seconds, sample_rate)
+                except BROKEN as error:
                     failed = failed or error
             if video is None and audio is None and failed:
                 raise failed
-    except _BROKEN as error:
-        raise DecodeError(_reason(error), str(error)) from None
+    except BROKEN as error:
+        raise DecodeError(reason_of(error), str(error)) from None
     if video is None and audio is None:
         raise DecodeError("no frames")
     return Media(video, audio)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "too large"
     if isinstance(error, av.FFmpegError):  # its classes share names with the errors of files
@@ -134,8 +150,8 @@ def _reason(error: Exception) -> str:
     return "undecodable"
 
 
-class _opened:
-    """Opens a container through a file object of our own, and closes both."""
+class opened:
+    """Opens a container through a file object of our own, and closes both. Entering raises one of BROKEN."""
 
     def __init__(self, source: str | Path | BinaryIO):
         self.source = source
@@ -143,7 +159,11 @@ class _opened:
     def __enter__(self):
         self.file = open(self.source, "rb") if isinstance(self.source, (str, Path)) else self.source
         try:
-            self.container = av.open(self.file, options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+            self.container = av.open(
+                self.file,
+                options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
+                metadata_errors="replace",  # a title in another encoding is no reason to lose the clip
+            )
         except BaseException:
             self._close_file()
             raise
@@ -158,55 +178,130 @@ class _opened:
             self.file.close()
 
 
-def _origin(container) -> float:
+def video_stream(container):
+    """Returns the stream of moving pictures, None where there is none: a cover picture is no video."""
+    attached = av.stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & attached), None)
+
+
+def audio_stream(container):
+    """Returns the first stream of sound, or None."""
+    return next(iter(container.streams.audio), None)
+
+
+def origin(container) -> float:
+    """Returns the container's first timestamp in seconds, from which time runs."""
     return container.start_time / av.time_base if container.start_time is not None else 0.0
 
 
-def _duration(container) -> float | None:
+def duration(container) -> float | None:
+    """Returns the container's own length in seconds, None where it tells none that can be true."""
     lengths = [container.duration / av.time_base] if container.duration else []
-    for stream in container.streams:
-        if stream.duration and stream.time_base:
-            lengths.append(float(stream.duration * stream.time_base))
-    lengths = [length for length in lengths if 0 < length < _MAX_SECONDS]
-    return max(lengths) if lengths else None
+    # Of its streams only where the container does not say: subtitles may go on for longer.
+    streams = [stream for stream in container.streams if stream.duration and stream.time_base]
+    lengths += sorted((float(stream.duration * stream.time_base) for stream in streams), reverse=True)
+    return next((length for length in lengths if 0 < length < LONGEST), None)
 
 
-def _frames(container, stream, start: float):
-    """Yields the stream's frames from at or before `start` on; an error after the first frame ends them."""
+def frames_from(container, stream, start: float, pixels: int = _MAX_PIXELS):
+    """Yields (frame, seconds) of the stream from at or before `start` on; an error after the first frame ends them.
+
+    pixels: largest frame.
+    """
+    seek(container, stream, start, pixels)
+    clock, some = Clock(container, stream), False
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                break
+            clock.feed(packet)
+            for frame in packet.decode():
+                time = clock.time(frame)
+                if time is not None:
+                    some = True
+                    yield frame, time
+        except (av.FFmpegError, ValueError, EOFError):
+            # Many broken files fail only at their end: what decoded before is good.
+            if not some:
+                raise
+            break
+
+
+class Clock:
+    """When decoded frames are shown, in seconds from the container's first timestamp.
+
+    AVI has no presentation times, and those that FFmpeg makes up are out of order where pictures are stored out of
+    order: there the n-th picture that comes out takes the n-th time that went in.
+    """
+
+    def __init__(self, container, stream):
+        self.origin, self.base = origin(container), float(stream.time_base)
+        self.times = deque() if container.format.name == "avi" and stream.type == "video" else None
+
+    def feed(self, packet) -> None:
+        if self.times is not None and packet.size and packet.dts is not None:
+            self.times.append(packet.dts)
+
+    def time(self, frame) -> float | None:
+        """Returns the time of the next frame to come out, None where it has none."""
+        if self.times is not None:
+            return float(self.times.popleft()) * self.base - self.origin if self.times else None
+        return None if frame.time is None else float(frame.time) - self.origin
+
+
+def seek(container, stream, start: float, pixels: int, options: Mapping = {}) -> None:
+    """Opens the stream's decoder and goes to a key frame at or before `start`.
+
+    pixels: of the largest frame, 0: no limit. options: more of the decoder's.
+    """
     context = stream.codec_context
     if context is None:
         raise ValueError("no decoder knows this stream")
     if not context.is_open:
         stream.thread_type = "NONE"  # the pipeline runs in parallel over clips
         context.thread_count = 1
-        context.options = {"max_pixels": str(_MAX_PIXELS)}
+        context.options = ({"max_pixels": str(pixels)} if pixels else {}) | dict(options)
     # MPEG-TS and program streams have no index: a seek lands after the key frame that is needed.
     early = _LANDS_LATE if container.format.name in ("mpegts", "mpeg") else 0.0
-    target = start + _origin(container) - early
+    target = start + origin(container) - early
     try:
         container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
     except av.FFmpegError:
         with contextlib.suppress(av.FFmpegError):
             container.seek(0)
-    some = False
-    try:
-        for packet in container.demux(stream):
-            for frame in packet.decode():
-                if frame.time is not None:
-                    some = True
-                    yield frame, float(frame.time) - _origin(container)
-    except (av.FFmpegError, ValueError, EOFError):
-        # Many broken files fail only at their end: what decoded before is good.
-        if not some:
-            raise
 
 
-def _video(container, start: float, seconds: float, frames: int, size: int, crop: Crop):
-    stream = container.streams.video[0]
+def _video(container, stream, start: float, seconds: float, frames: int, size: int, crop: Crop):
     targets = [start + (i + 0.5) * seconds / frames for i in range(frames)]
-    shown, times = [None] * frames, [-math.inf] * frames
+    shown = _shown_quickly(container, stream, start, targets) or _shown(container, stream, start, targets)
+    if shown is None:
+        return None
+    pictures, last = [], (None, None)
+    for frame in shown:
+        if frame is not last[0]:
+            last = (frame, _picture(frame, size, crop))
+        pictures.append(last[1])
+    return np.stack(pictures)
+
+
+def _shown_quickly(container, stream, start: float, targets: list[float]) -> list | None:
+    """Returns the frames shown at some moments, None where only decoding every picture can tell."""
+    try:
+        if container.format.name == "avi":  # no times to plan by, see Clock
+            return None
+        seek(container, stream, start, _MAX_PIXELS)
+        return shown_at(container, stream, targets, origin(container))
+    except BROKEN:
+        return None
+
+
+def _shown(container, stream, start: float, targets: list[float]) -> list | None:
+    """Returns the frames shown at some moments, the first one before it begins; None: there are no frames."""
+    shown, times = [None] * len(targets), [-math.inf] * len(targets)
     first = None
-    for frame, time in _frames(container, stream, start):
+    for frame, time in frames_from(container, stream, start, _MAX_PIXELS):
         if first is None or time < first[1]:
             first = (frame, time)
         for i, target in enumerate(targets):
@@ -214,32 +309,49 @@ def _video(container, start: float, seconds: float, frames: int, size: int, crop
                 shown[i], times[i] = frame, time
         if time > targets[-1]:
             break
-    if first is None:
-        return None
-    pictures, last = [], (None, None)
-    for frame in (frame or first[0] for frame in shown):
-        if frame is not last[0]:
-            last = (frame, _picture(frame, size, crop))
-        pictures.append(last[1])
-    return np.stack(pictures)
+    return None if first is None else [frame or first[0] for frame in shown]
 
 
 def _picture(frame, size: int, crop: Crop) -> np.ndarray:
     """Returns the frame upright, scaled and cropped: uint8 [size size 3]."""
-    turns = round(frame.rotation / 90) % 4
-    # The crop's short side becomes `size`: one scaling, then a slice.
-    scale = size / (crop.scale * min(frame.width, frame.height))
-    width, height = (max(size, round(side * scale)) for side in (frame.width, frame.height))
-    pixels = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    pixels = np.rot90(pixels, turns) if turns else pixels
+    turns, _ = _pose(frame)
+    # The part that is kept becomes `size` × `size`: one scaling, then a slice.
+    height, width = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+    height, width = (
+        max(size, round(whole * size / side)) for whole, side in zip((height, width), crop.sides(height, width))
+    )
+    if turns % 2:
+        height, width = width, height
+    pixels = frame.reformat(width, height, "rgb24", threads=1).to_ndarray()
+    pixels = upright(frame, pixels)
     top = round(crop.y * (pixels.shape[0] - size))
     left = round(crop.x * (pixels.shape[1] - size))
     pixels = pixels[top : top + size, left : left + size]
     return np.ascontiguousarray(pixels[:, ::-1] if crop.flip else pixels)
 
 
-def _audio(container, start: float, seconds: float, sample_rate: int):
-    stream = container.streams.audio[0]
+def _pose(frame) -> tuple[int, bool]:
+    """Returns (quarter turns to the left, whether it is mirrored top to bottom before them) of a stored frame."""
+    turns = round(frame.rotation / 90) % 4
+    mirrored = False
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        mirrored = a * d - b * c < 0
+    return turns, mirrored
+
+
+def stands(frame) -> bool:
+    """Whether a frame is stored as it is shown, neither turned nor mirrored."""
+    return _pose(frame) == (0, False)
+
+
+def upright(frame, pixels: np.ndarray) -> np.ndarray:
+    """Returns pixels [H W C] of a frame as they are shown."""
+    turns, mirrored = _pose(frame)
+    return np.rot90(pixels[::-1] if mirrored else pixels, turns)
+
+
+def _audio(container, stream, start: float, seconds: float, sample_rate: int):
     samples = round(seconds * sample_rate)
     wave = np.zeros(samples, np.float32)
     resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
@@ -256,7 +368,7 @@ def _audio(container, start: float, seconds: float, sample_rate: int):
             place += len(values)
 
     try:
-        for frame, time in _frames(container, stream, max(0.0, start - _PREROLL)):
+        for frame, time in frames_from(container, stream, max(0.0, start - _PREROLL)):
             if place is None:
                 place = round((time - start) * sample_rate)
             frame.pts = None  # the sound is contiguous from its first frame on

@@ -47,10 +47,16 @@ class Classify(nn.Module):
         result = {}
         for label, logits in self.predict(outputs, batch).items():
             truth = batch.labels[label]
+            error, known = losses.cross_entropy(logits, truth), truth >= 0
+            if batch.mixed is not None:  # MixUp: each source's error by its share
+                share, others = batch.mixed.share, batch.mixed.labels[label]
+                theirs = [losses.cross_entropy(logits, others[:, k]) for k in range(others.shape[1])]
+                error = (1 - share.sum(1)) * error + (share * jnp.stack(theirs, 1)).sum(1)
+                known &= ((others >= 0) | (share == 0)).all(1)
             result[label] = {
-                "error": losses.cross_entropy(logits, truth),
+                "error": error,
                 "right": (logits.argmax(-1) == truth).astype(jnp.float32),
-                "weight": ((truth >= 0) & batch.valid).astype(jnp.float32),
+                "weight": (known & batch.valid).astype(jnp.float32),
             }
         return result
 

@@ -132,8 +132,8 @@ class ProgressLine:
             self.task = self.bar.add_task("train", total=steps, completed=start, text="compiling")
             self.bar.start()
 
-    def show(self, step: int, loss: float, clips: float, remaining: float) -> None:
-        """Shows where the run is. clips: per second; remaining: seconds."""
+    def show(self, step: int, loss: float, clips: float, remaining: float | None) -> None:
+        """Shows where the run is. clips: per second; remaining: seconds, None: not known yet."""
         if not self.active:
             return
         text = f"loss {loss:.4f}  {clips:.1f} clips/s"
@@ -141,7 +141,8 @@ class ProgressLine:
             self.bar.update(self.task, completed=step, text=text)
         elif time.monotonic() - self.last > 10 or step == self.steps:
             self.last = time.monotonic()
-            print(f"step {step}/{self.steps}  {text}  {remaining:.0f} s left", file=sys.stderr, flush=True)
+            left = "" if remaining is None else f"  {remaining:.0f} s left"
+            print(f"step {step}/{self.steps}  {text}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -1,0 +1,43 @@
+"""The flags of `vmm bench …`; heavy imports wait until a command runs."""
+
+import os
+from pathlib import Path
+
+PARTS = ("decode", "workers", "wait", "memory")
+MODELS = ("vit_b", "videomae_b")
+
+
+def add(bench) -> None:
+    """Adds the commands below `vmm bench` to its subparsers."""
+    data = bench.add_parser("data", help="clips a second by codec, by workers; waiting for input; memory")
+    data.add_argument("--scratch", type=Path, default=Path("runs/bench"), help="folder of test files (%(default)s)")
+    data.add_argument("--seconds", type=float, default=8.0, help="of each measurement (default %(default)s)")
+    data.add_argument("--only", choices=PARTS, help="one part")
+    data.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    data.add_argument("--data", type=Path, help="manifest for workers and memory (default: stored test clips)")
+    data.add_argument("--tokenizer", type=Path, help="of --data")
+    data.add_argument("--length", type=float, default=30.0, help="seconds of a test file (default %(default)s)")
+    data.add_argument("--cores", type=int, default=os.cpu_count(), help="workers at most (default: all cores)")
+    data.add_argument("--batch", type=int, default=8, help="clips (default %(default)s)")
+    data.add_argument("--batches", type=int, default=400, help="for memory, after warm-up (default %(default)s)")
+    data.add_argument("--model", action="append", help=f"for waiting (default {' and '.join(MODELS)})")
+    data.add_argument("--step-ms", type=float, help="for waiting: a step's time on the device, instead of --model")
+    data.add_argument("--step-clips", type=int, default=64, help="clips of that step (default %(default)s)")
+    data.add_argument("--device-tflops", type=float, default=989.0, help="peak (default: NVIDIA H200, bfloat16)")
+    data.add_argument("--utilisation", type=float, default=0.4, help="share of the peak reached (default %(default)s)")
+    data.add_argument("--device-cores", type=int, default=16, help="cores for each device (default %(default)s)")
+    data.set_defaults(run=_data)
+
+
+def _data(args) -> None:
+    from vmm.bench.data import Settings, bench_data
+
+    bench_data(
+        Settings(
+            scratch=args.scratch, seconds=args.seconds, parts=(args.only,) if args.only else PARTS, json=args.json,
+            data=args.data, tokenizer=args.tokenizer, length=args.length, cores=args.cores, batch=args.batch,
+            batches=args.batches, models=tuple(args.model or MODELS), step_ms=args.step_ms,
+            step_clips=args.step_clips, device_tflops=args.device_tflops, utilisation=args.utilisation,
+            device_cores=args.device_cores,
+        )
+    )  # fmt: skip

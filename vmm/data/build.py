@@ -1,0 +1,398 @@
+"""vmm data build: a source → shards, a manifest, and the list of what was left out and why.
+
+    OUT/shards/00000.arrayrecord …   one stored clip a record
+    OUT/manifest.jsonl               one line a clip (vmm/data/manifest.py), in the source's order
+    OUT/quarantine.jsonl             one line a clip that was left out: id, path, reason, detail
+    OUT/duplicates.jsonl             clips that look like an earlier one
+    OUT/classes.json                 label → the names of its classes, in order of index
+    OUT/build.json                   how it was built, counts, and a hash of every file; written last
+
+Work in progress lies in OUT/.build: the plan, what came of each entry, and the rows of each finished
+shard. Every step writes aside and renames, so a killed build goes on where it was, and what it gives
+is a function of the source and the settings alone.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from vmm.data.duplicates import near_duplicates
+from vmm.data.sandbox import DEATHS, Answer, Died, Limits, run_all
+from vmm.data.shards import write_shard
+from vmm.data.sources.entry import Entry, unique
+from vmm.data.transcode import Storage
+from vmm.errors import DataBudgetError, StorageError, UserError
+
+_TRANSCODE = "vmm.data.transcode:transcode"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a build depends on besides its source.
+
+    source: words that name the source, kept in build.json. storage: how clips are stored. limits: of the work on
+    one file. shard: entries whose clips share a file. budget: share of clips that may be left out.
+    """
+
+    source: str
+    storage: Storage = Storage()
+    limits: Limits = Limits()
+    shard: int = 512
+    budget: float = 0.01
+
+
+def build(
+    entries: Iterable[Entry], out: Path, settings: Settings, workers: int,
+    progress: Callable[[int, int], None] = lambda *_: None, spread: Callable[[list[int]], None] | None = None,
+) -> dict:  # fmt: skip
+    """Builds a dataset, or goes on with one. Returns what build.json holds.
+
+    Args:
+      entries: what a source gives; the same again when a build goes on. workers: processes that decode.
+      progress: called with (entries done, all entries).
+      spread: calls build_shard(out, shard) for every shard it is given, wherever; None: on this machine's cores.
+
+    Raises:
+      UserError: the folder holds something else, or the source gives nothing.
+      DataBudgetError: more clips than settings.budget were left out; all files are written.
+      StorageError: the disk is full; the same command goes on.
+    """
+    work = out / ".build"
+    if told := _built(out, settings):
+        return _within_budget(told, out, settings)
+    if out.exists() and any(out.iterdir()) and not work.is_dir():
+        raise UserError(f"{out}: holds other files; give a new folder")
+    try:
+        (work).mkdir(parents=True, exist_ok=True)
+        (out / "shards").mkdir(exist_ok=True)
+        with open(work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{out}: another build is running in it") from None
+            if told := _built(out, settings):  # by another build, meanwhile
+                return _within_budget(told, out, settings)
+            plan = _plan(work, entries, settings, out)
+            shards = range(-(-len(plan) // settings.shard))
+            if spread:
+                spread([shard for shard in shards if not _rows(work, shard).is_file()])
+            _work(dict(enumerate(plan)), shards, out, settings, workers, progress)
+            told = _finish(shards, out, work, settings)
+    except OSError as error:
+        raise StorageError(f"{out}: {error}; mend it and run the same command again") from None
+    return _within_budget(told, out, settings)
+
+
+def _built(out: Path, settings: Settings) -> dict | None:
+    """Returns what build.json holds, None where nothing is built yet."""
+    if not (out / "build.json").is_file():
+        return None
+    try:
+        told = json.loads((out / "build.json").read_text())
+        _same(told["settings"], settings, out)
+        died = sum(told["left_out"].get(reason, 0) for reason in DEATHS)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out}/build.json: not what a build writes ({error}); give a new folder") from None
+    if died and told["settings"]["limits"] != settings.limits._asdict():
+        raise UserError(f"{out}: was built with other limits, and {died} clips died of them; give a new folder")
+    shutil.rmtree(out / ".build", ignore_errors=True)  # of a build that was killed as it ended
+    return told
+
+
+def _plan(work: Path, entries: Iterable[Entry], settings: Settings, out: Path) -> list[Entry]:
+    """Returns all entries, written down before the first is worked on."""
+    if (work / "plan.json").is_file():
+        told = json.loads((work / "plan.json").read_text())
+        _same(told["settings"], settings, out)
+        return [entry for shard in range(told["shards"]) for entry in _planned(work, shard)]
+    plan = list(unique(iter(entries)))
+    if not plan:
+        raise UserError(f"{settings.source}: gives no clips")
+    (work / "plan").mkdir(exist_ok=True)
+    shards = -(-len(plan) // settings.shard)
+    for shard in range(shards):
+        lines = [entry._asdict() for entry in plan[shard * settings.shard : (shard + 1) * settings.shard]]
+        _write(_plan_of(work, shard), _lines(lines))
+    _write(work / "plan.json", json.dumps({"settings": _plain(settings), "shards": shards}).encode())
+    return plan
+
+
+def _plan_of(work: Path, shard: int) -> Path:
+    return work / "plan" / f"{shard:05d}.jsonl"
+
+
+def _planned(work: Path, shard: int) -> list[Entry]:
+    return [Entry(**_untuple(fields)) for fields in _read_lines(_plan_of(work, shard))]
+
+
+def build_shard(out: str, shard: int) -> int:
+    """Does the work of one shard of a build whose plan is written, in one sandbox; returns its number.
+
+    Runs wherever OUT can be written: a worker of a cluster with a shared file system.
+    """
+    work = Path(out) / ".build"
+    told = json.loads((work / "plan.json").read_text())["settings"]
+    settings = Settings(**told | {"storage": Storage(**told["storage"]), "limits": Limits(**told["limits"])})
+    plan = dict(enumerate(_planned(work, shard), shard * settings.shard))
+    _work(plan, [shard], Path(out), settings, 1, lambda *_: None)
+    return shard
+
+
+def _plain(settings: Settings) -> dict:
+    return dataclasses.asdict(settings) | {"storage": settings.storage._asdict(), "limits": settings.limits._asdict()}
+
+
+def _untuple(fields: dict) -> dict:
+    return fields | {"member": tuple(fields["member"]), "captions": tuple(fields["captions"])}
+
+
+def _same(told: dict, settings: Settings, out: Path) -> None:
+    mine = json.loads(json.dumps(_plain(settings)))
+    # The budget and the limits do not change what a good clip looks like.
+    other = [key for key in mine if key not in ("budget", "limits") and told.get(key) != mine[key]]
+    if other:
+        key = other[0]
+        raise UserError(
+            f"{out}: was built with another {key} ({told.get(key)}, now {mine[key]}); give a new folder, or the same settings"
+        )
+
+
+# ---- work -------------------------------------------------------------------------------------------
+
+
+def _work(
+    plan: Mapping[int, Entry], shards: Iterable[int], out: Path, settings: Settings, workers: int, progress
+) -> None:
+    """Works on every entry that is not done, and packs each shard when its last entry is."""
+    work = out / ".build"
+    left: Counter = Counter()
+    pending = []
+    for number, entry in plan.items():
+        shard = number // settings.shard
+        if _rows(work, shard).is_file():
+            shutil.rmtree(work / f"{shard:05d}", ignore_errors=True)
+        elif not entry.reason and not _note(work, shard, number).is_file():
+            left[shard] += 1
+            pending.append(number)
+    for shard in shards:
+        if not left[shard]:
+            _pack(plan, shard, out, work, settings)
+    done = len(plan) - len(pending)
+    progress(done, len(plan))
+    storage = list(settings.storage)
+
+    def jobs() -> Iterator[tuple[int, dict]]:
+        for number in pending:
+            entry = plan[number]
+            span = entry.start is not None or entry.end is not None
+            yield number, {
+                "path": entry.path, "member": entry.member, "sha256": entry.sha256, "storage": storage,
+                "spans": [[entry.start, entry.end]] if span else None,
+            }  # fmt: skip
+
+    with contextlib.closing(run_all(_TRANSCODE, jobs(), workers, settings.limits)) as answers:
+        for number, answer in answers:
+            shard = number // settings.shard
+            _keep(_note(work, shard, number), answer)
+            left[shard] -= 1
+            if not left[shard]:
+                _pack(plan, shard, out, work, settings)
+            done += 1
+            progress(done, len(plan))
+
+
+def _note(work: Path, shard: int, number: int) -> Path:
+    return work / f"{shard:05d}" / f"{number:08d}.json"
+
+
+def _keep(path: Path, answer: Answer | Died) -> None:
+    """Writes what came of an entry: its parts, then its note, which makes it done."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(answer, Died):
+        note = {"reason": answer.reason, "detail": answer.detail, "clips": [], "sizes": []}
+    else:
+        note = answer.note | {"sizes": [len(part) for part in answer.parts]}
+        _write(path.with_suffix(".bin"), b"".join(answer.parts))
+    _write(path, json.dumps(note).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # a cluster may do one shard's work twice
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _lines(values: Iterable[dict]) -> bytes:
+    """Returns JSON lines in UTF-8; a file name that is none stays what it is, in escapes."""
+    lines = []
+    for value in values:
+        try:
+            lines.append(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        except UnicodeEncodeError:
+            lines.append(json.dumps(value).encode() + b"\n")
+    return b"".join(lines)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    # Not splitlines(): a caption may hold U+2028 or U+0085.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _rows(work: Path, shard: int) -> Path:
+    return work / f"rows-{shard:05d}.jsonl"
+
+
+def _pack(plan: Mapping[int, Entry], shard: int, out: Path, work: Path, settings: Settings) -> None:
+    """Turns the finished entries of a shard into its file and its rows."""
+    rows_path = _rows(work, shard)
+    if rows_path.is_file():
+        return
+    rows, name = [], f"shards/{shard:05d}.arrayrecord"
+
+    def records() -> Iterator[bytes]:
+        count = 0
+        for number in range(shard * settings.shard, (shard + 1) * settings.shard):
+            if number not in plan:
+                break
+            entry = plan[number]
+            if entry.reason:
+                rows.append(_left_out(entry, entry.id, entry.reason, entry.detail))
+                continue
+            note = json.loads(_note(work, shard, number).read_text())
+            if "reason" in note:
+                rows.append(_left_out(entry, entry.id, note["reason"], note["detail"]))
+                continue
+            data = _note(work, shard, number).with_suffix(".bin").read_bytes()
+            places, start, used = [], 0, {}
+            for size in note["sizes"]:
+                places.append(data[start : start + size])
+                start += size
+            for i, clip in enumerate(note["clips"]):
+                identity = entry.id if len(note["clips"]) == 1 else f"{entry.id}/{i:04d}"
+                if "reason" in clip:
+                    rows.append(_left_out(entry, identity, clip["reason"], clip["detail"], clip["start"], clip["end"]))
+                    continue
+                part = clip.pop("part")
+                if part not in used:
+                    yield places[part]
+                    used[part] = count, hashlib.sha256(places[part]).hexdigest()
+                    count += 1
+                rows.append(_row(entry, identity, name, *used[part], note["source"], clip, settings.storage.keep))
+
+    write_shard(out / name, records())
+    _write(rows_path, _lines(rows))
+    shutil.rmtree(work / f"{shard:05d}", ignore_errors=True)
+
+
+def _left_out(entry: Entry, identity: str, reason: str, detail: str, start=None, end=None) -> dict:
+    return {
+        "id": identity, "path": entry.path, "member": entry.member, "reason": reason, "detail": detail,
+        "start": entry.start if start is None else start, "end": entry.end if end is None else end,
+    }  # fmt: skip
+
+
+def _row(
+    entry: Entry, identity: str, path: str, record: int, sha256: str, source: dict, clip: dict, keep: bool
+) -> dict:
+    """Returns a line of the manifest; labels are still names."""
+    start, end = clip.pop("start"), clip.pop("end")
+    where = {"path": entry.path, "member": entry.member, "start": start, "end": end}
+    return {
+        "id": identity, "path": path, "record": record,
+        # A stored piece begins at 0; kept originals hold more than the clip.
+        "start": start if keep else None, "end": end if keep else None,
+        "caption": list(entry.captions), "labels": entry.labels, "sha256": sha256, "media": clip,
+        "source": where | source,
+    }  # fmt: skip
+
+
+# ---- the end ----------------------------------------------------------------------------------------
+
+
+def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) -> dict:
+    rows, lost, seen = [], [], set()
+    for shard in shards:
+        for row in _read_lines(_rows(work, shard)):
+            if "reason" not in row and row["id"] in seen:  # "a/0000" may be a clip of "a", and a clip of its own
+                where = {key: row["source"][key] for key in ("path", "member", "start", "end")}
+                row = {"id": row["id"], "reason": "duplicate id", "detail": "an earlier clip has it"} | where
+            if "reason" in row:
+                lost.append(row)
+            else:
+                rows.append(row)
+                seen.add(row["id"])
+    classes = _classes(row["labels"] for row in rows)
+    places = {name: {item: place for place, item in enumerate(names)} for name, names in classes.items()}
+    for row in rows:
+        row["labels"] = {name: _index(value, places.get(name)) for name, value in row["labels"].items()}
+    alike = near_duplicates({row["id"]: row["media"].pop("hashes") for row in rows})
+    duplicates = [{"id": key, "like": other, "apart": round(apart, 3)} for key, other, apart in alike]
+    for name, lines in (("manifest", rows), ("quarantine", lost), ("duplicates", duplicates)):
+        _write(out / f"{name}.jsonl", _lines(lines))
+    for stray in (*out.glob("*.part"), *(out / "shards").glob("*.part")):  # of builds that were killed
+        stray.unlink()
+    _write(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False).encode())
+    files = [out / "manifest.jsonl", out / "quarantine.jsonl", *sorted((out / "shards").glob("*.arrayrecord"))]
+    told = {
+        "settings": json.loads(json.dumps(_plain(settings))),
+        "clips": len(rows),
+        "left_out": dict(Counter(row["reason"] for row in lost).most_common()),
+        "duplicates": len(duplicates),
+        "files": {str(file.relative_to(out)): _sha256(file) for file in files},
+    }
+    _write(out / "build.json", json.dumps(told, indent=1).encode())
+    shutil.rmtree(work)
+    return told
+
+
+def _classes(labels: Iterable[Mapping]) -> dict[str, list[str]]:
+    """Returns label → class names in order; labels that are class indices already have none."""
+    values: dict[str, set] = {}
+    for mine in labels:
+        for name, value in mine.items():
+            values.setdefault(name, set()).update(value if isinstance(value, list) else [value])
+    return {
+        name: sorted(map(str, found), key=_natural)
+        for name, found in sorted(values.items())
+        if not all(type(value) is int for value in found)
+    }
+
+
+def _natural(name: str) -> tuple:
+    """Class 10 comes after class 9."""
+    return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 20 else (1, 0, name)
+
+
+def _index(value, places: Mapping | None):
+    if places is None:
+        return value
+    return [places[str(item)] for item in value] if isinstance(value, list) else places[str(value)]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _within_budget(told: dict, out: Path, settings: Settings) -> dict:
+    lost = sum(told["left_out"].values())
+    total = lost + told["clips"]
+    if lost > settings.budget * total:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in told["left_out"].items())
+        raise DataBudgetError(
+            f"{out}: {lost} of {total} clips were left out, more than the budget of {settings.budget:.1%} ({reasons}); "
+            f"see {out}/quarantine.jsonl, then mend the source or raise --budget"
+        )
+    return told

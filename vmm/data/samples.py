@@ -1,0 +1,288 @@
+"""Row and randomness → one sample: the window of the clip, its crop, its caption, what is present.
+
+What needs arithmetic on pixels and sound (colour, gain, SpecAugment, MixUp) is done on the device (vmm/augment.py).
+"""
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from vmm.data import media, text
+from vmm.data.manifest import Row
+from vmm.errors import DataBudgetError, UserError
+
+_ATTEMPTS = 16  # substitutes tried for a bad file before the loader gives up
+_BLOCK = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The window of a clip that one sample shows; the same for training and for a published model.
+
+    seconds: length of the window. frames: T. size: H = W, pixels. sample_rate: Hz.
+    text_length: L, tokens of a caption with its start and end.
+    """
+
+    seconds: float = 2.0
+    frames: int = 8
+    size: int = 64
+    sample_rate: int = 16000
+    text_length: int = 32
+
+    @property
+    def samples(self) -> int:
+        """S, audio samples in the window."""
+        return round(self.seconds * self.sample_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Randomness of training samples. All off: the middle window, the middle square, the first caption.
+
+    window: draw the window's place in a longer clip. area, aspect: random resized crop (Szegedy et al. 2015), the same
+    in all frames: ranges of the share of the picture kept, uniform, and of its width to height, log-uniform; area
+    (1, 1): the largest square, in the middle. flip: mirror half of the clips. caption: draw among the
+    phrasings. drop: probability with which each stream is withheld (never the last one).
+
+    On the device: see vmm/augment.py for colour, gain, spectrogram, mixup.
+    """
+
+    window: bool = True
+    area: tuple[float, float] = (1.0, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+    caption: bool = True
+    drop: float = 0.0
+    colour: float = 0.0
+    gain: float = 0.0
+    spectrogram: Mapping = dataclasses.field(default_factory=dict)
+    mixup: Mapping = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("area", "aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "area" and high > 1):
+                raise UserError(f"data.augment.{name}: a range (low, high) above 0, got {(low, high)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationViews:
+    """Views of each clip whose predictions an evaluation averages (Feichtenhofer et al. 2019).
+
+    clips: windows, evenly over the clip's length. crops: squares, evenly along the longer side.
+    """
+
+    clips: int = 1
+    crops: int = 1
+
+    def __post_init__(self):
+        if self.clips < 1 or self.crops < 1:
+            raise UserError(f"data.evaluation: clips and crops are at least 1, got {self.clips} and {self.crops}")
+
+    def place(self, view: int) -> tuple[float, float]:
+        """Returns where view number `view` lies: (window in the clip, square along the longer side), both in [0, 1]."""
+        clip, crop = divmod(view, self.crops)
+        middle = self.crops == 1
+        return (clip + 0.5) / self.clips, 0.5 if middle else crop / (self.crops - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where samples come from and how they are read.
+
+    train: manifest of the training clips; or a mixture, name → {"manifest": …, "weight": …}. tokenizer: a
+    tokenizer.json. clip: see Clip. buckets: lengths between which batches alternate, each {"seconds": …, "frames": …}
+    in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
+    evaluation: see EvaluationViews. labels: label → number of classes that a batch carries.
+    workers: decoding processes; 0 decodes in threads of this one. threads: per process.
+    prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
+    that fit in memory. budget: share of the dataset's files that may fail. remote: folder in which
+    shards fetched from addresses (gs://, s3://, https://) are kept; empty: manifests may not hold addresses.
+    """
+
+    train: str | Mapping
+    tokenizer: str
+    clip: Mapping = dataclasses.field(default_factory=dict)
+    buckets: tuple[Mapping, ...] = ()
+    augment: Mapping = dataclasses.field(default_factory=dict)
+    evaluation: Mapping = dataclasses.field(default_factory=dict)
+    labels: Mapping = dataclasses.field(default_factory=dict)
+    workers: int = 2
+    threads: int = 4
+    prefetch: int = 4
+    cache: int = 0
+    budget: float = 0.01
+    remote: str = ""
+
+
+def bucket_clips(data: Data, clip: Clip) -> list[Clip]:
+    """Returns the Clip of each bucket; the clip alone where there are none.
+
+    Raises:
+      UserError: a bucket has other keys, or they are not ascending.
+    """
+    for bucket in data.buckets:
+        if set(bucket) != {"seconds", "frames"}:
+            raise UserError(f"data.buckets: a bucket has seconds and frames, got {sorted(bucket)}")
+    clips = [dataclasses.replace(clip, **bucket) for bucket in data.buckets] or [clip]
+    if any(a.seconds >= b.seconds for a, b in zip(clips, clips[1:])):
+        raise UserError(f"data.buckets: seconds must ascend, got {[clip.seconds for clip in clips]}")
+    return clips
+
+
+class _Cache:
+    """Decoded windows of this process, up to a number of bytes; first come, first kept."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used, self.kept, self.lock = limit, 0, {}, threading.Lock()
+
+    def get(self, key):
+        return self.kept.get(key)
+
+    def put(self, key, value: media.Media) -> None:
+        size = sum(array.nbytes for array in value if array is not None)
+        with self.lock:
+            if key not in self.kept and self.used + size <= self.limit:
+                self.used += size
+                self.kept[key] = value
+
+    def __reduce__(self):  # a worker process starts with its own, empty
+        return _Cache, (self.limit,)
+
+
+class Samples:
+    """Row and randomness → one sample, as a dict of NumPy arrays. Shared by training and evaluation."""
+
+    def __init__(self, rows: list[Row], data: Data, clip: Clip, augment: Augment | None, seed: int):
+        self.rows, self.clips, self.augment, self.seed = rows, bucket_clips(data, clip), augment, seed
+        self.labels = dict(data.labels)
+        self.remote = data.remote
+        self.tokenizer = text.load_tokenizer(data.tokenizer)
+        self.cache = _Cache(data.cache)
+
+    def __setstate__(self, state: dict):  # in a worker process
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True  # pickling forgets it
+
+    def __call__(self, position: int, epoch: int, row: int, peers: np.ndarray | None = None, bucket: int = 0) -> dict:
+        """Returns the sample; a row that cannot be decoded is replaced by one of its peers, and flagged.
+
+        `failed` and `reason` name the row and why, -1 where all is well: the number and order of
+        samples never depend on bad files. peers: row numbers to choose from, None: all.
+        """
+        failed, reason = -1, -1
+        count = len(self.rows) if peers is None else len(peers)
+        for attempt in range(_ATTEMPTS):
+            rng = np.random.default_rng([self.seed, epoch, row, attempt])
+            try:
+                sample = self._sample(row, rng, self.clips[bucket])
+                break
+            except media.DecodeError as error:
+                if attempt == 0:
+                    failed, reason = row, media.REASONS.index(error.reason)
+                if attempt == _ATTEMPTS - 1:
+                    raise DataBudgetError(
+                        f"{_ATTEMPTS} files in a row could not be decoded, the last {self.rows[row].path} ({error}); "
+                        "check the paths in the manifest"
+                    ) from None
+                place = int(np.random.default_rng([self.seed, epoch, row, attempt, 1]).integers(count))
+                row = place if peers is None else int(peers[place])
+        return sample | {
+            "index": np.int32(position % _BLOCK),
+            "failed": np.int32(failed),
+            "reason": np.int32(reason),
+        }
+
+    def view(self, row: int, window: float, along: float) -> dict:
+        """Returns one view of a row without randomness; raises DecodeError. Arguments: see EvaluationViews.place."""
+        return self._sample(row, np.random.default_rng(0), self.clips[0], window, along)
+
+    def _sample(
+        self, number: int, rng: np.random.Generator, clip: Clip, place: float = 0.5, along: float = 0.5
+    ) -> dict:
+        row, augment = self.rows[number], self.augment
+        draw = rng.uniform(size=5)  # drawn whole, so that one option never moves another's numbers
+        crop, drawn = media.Crop(along, along), along != 0.5
+        if augment:
+            cut = augment.area[0] < 1
+            drawn = cut or augment.flip
+            if cut:
+                area = augment.area[0] + draw[2] * (augment.area[1] - augment.area[0])
+                low, high = np.log(augment.aspect)
+                stretch = np.exp(rng.spawn(1)[0].uniform(low, high))
+                crop = media.Crop(draw[0], draw[1], area, float(stretch))
+            crop = crop._replace(flip=bool(augment.flip and draw[3] < 0.5))
+            place = draw[4] if augment.window else 0.5
+        window = _Window(row, clip.seconds, place)
+        key = None if drawn else (number, clip.seconds)
+        decoded = self.cache.get(key) if key is not None else None
+        if decoded is None:
+            decoded = media.decode(
+                row.read(self.remote),
+                pick=window,
+                seconds=clip.seconds,
+                frames=clip.frames,
+                size=clip.size,
+                sample_rate=clip.sample_rate,
+                crop=crop,
+            )
+            if key is not None and window.only:
+                self.cache.put(key, decoded)
+        caption = ""
+        if row.captions:
+            caption = row.captions[int(rng.integers(len(row.captions))) if augment and augment.caption else 0]
+        present = {
+            "video": decoded.video is not None,
+            "audio": decoded.audio is not None,
+            "text": bool(caption),
+        }
+        if augment and augment.drop:
+            present = _withhold(present, augment.drop, rng)
+        ids = np.zeros(clip.text_length, np.int32)
+        if present["text"]:
+            ids = text.encode(self.tokenizer, caption, clip.text_length)
+        shape = (clip.frames, clip.size, clip.size, 3)
+        return {
+            "video": decoded.video if present["video"] else np.zeros(shape, np.uint8),
+            "audio": decoded.audio if present["audio"] else np.zeros(clip.samples, np.float32),
+            "text": ids,
+            "present": {name: np.bool_(value) for name, value in present.items()},
+            "labels": {name: np.int32(row.labels.get(name, -1)) for name in self.labels},
+            "row": np.int32(number),
+        }
+
+
+class _Window:
+    """Picks the window's start in a clip; `only` tells whether another draw could differ."""
+
+    def __init__(self, row: Row, seconds: float, place: float):
+        self.row, self.seconds, self.place, self.only = row, seconds, place, False
+
+    def __call__(self, duration: float | None) -> float:
+        start = self.row.start or 0.0
+        end = self.row.end if self.row.end is not None else duration
+        room = max(0.0, (end if end is not None else start) - start - self.seconds)
+        self.only = room == 0.0
+        return start + self.place * room
+
+
+def _withhold(present: dict, probability: float, rng: np.random.Generator) -> dict:
+    """Returns presence with streams dropped at random, never all of them."""
+    keep = {name: there and rng.uniform() >= probability for name, there in present.items()}
+    if any(keep.values()) or not any(present.values()):
+        return keep
+    there = [name for name, value in present.items() if value]
+    return keep | {there[int(rng.integers(len(there)))]: True}
+
+
+def stack(samples: list[dict]) -> dict:
+    """Stacks samples (nested dicts of arrays) along a new batch axis."""
+    first = samples[0]
+    return {
+        key: stack([sample[key] for sample in samples])
+        if isinstance(first[key], dict)
+        else np.stack([sample[key] for sample in samples])
+        for key in first
+    }

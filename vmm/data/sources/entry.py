@@ -1,0 +1,141 @@
+"""Entry: one clip as a source names it, before anything is opened; and the checks that every source shares."""
+
+import math
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+VIDEO = {
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".flv",
+    ".3gp",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".ogv",
+    ".gif",
+}
+AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aiff"}
+MEDIA = VIDEO | AUDIO
+
+_LONGEST_CAPTION = 20_000  # characters; above, a caption is a page that was scraped
+
+
+class Entry(NamedTuple):
+    """One clip of a source.
+
+    id: unique in the dataset. path: the file it lies in, on this machine; member: where in it, for archives
+    (vmm/data/members.py). start, end: seconds, None: from the beginning, to the end. captions: phrasings. labels: name
+    → class name, or a list of class names. sha256: of the media's bytes, where the source tells it.
+    reason, detail: why the source itself already says that it is no clip.
+    """
+
+    id: str
+    path: str
+    member: tuple = ()
+    start: float | None = None
+    end: float | None = None
+    captions: tuple[str, ...] = ()
+    labels: dict = {}
+    sha256: str | None = None
+    reason: str | None = None
+    detail: str = ""
+
+
+REASONS = ("bad caption", "bad span", "bad path", "bad line", "duplicate id", "missing")
+"""Why a source line gives no clip."""
+
+
+class Bad(Exception):
+    """A line of a source that gives no clip. `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def captions_of(value) -> tuple[str, ...]:
+    """Returns the phrasings of a caption field: text, list of texts, or nothing (None, NaN, blank).
+
+    Raises:
+      Bad: not text, or so long that it is no caption.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    texts = []
+    for text in values:
+        if text is None or (isinstance(text, float) and math.isnan(text)):
+            continue
+        if not isinstance(text, str):
+            raise Bad("bad caption", f"{type(text).__name__}, not text")
+        if "\ufffd" in text:
+            raise Bad("bad caption", "not UTF-8")
+        if len(text) > _LONGEST_CAPTION:
+            raise Bad("bad caption", f"{len(text)} characters, more than {_LONGEST_CAPTION}")
+        text = " ".join("".join(c if unicodedata.category(c) != "Cc" else " " for c in text).split())
+        if text and text.lower() != "nan":
+            texts.append(text)
+    return tuple(texts)
+
+
+def seconds_of(value, name: str) -> float | None:
+    """Returns seconds from a number, its text, or [HH:]MM:SS[.s]; None for nothing.
+
+    Raises:
+      Bad: anything else, negative or infinite.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan", "none", "null")):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        parts = str(value).strip().split(":") if isinstance(value, str) else [value]
+        if len(parts) > 3:
+            raise ValueError
+        seconds = 0.0
+        for part in parts:
+            seconds = seconds * 60 + float(part)
+    except (ValueError, TypeError):
+        raise Bad("bad span", f"{name} is {value!r}, not seconds") from None
+    if math.isnan(seconds) and not isinstance(value, str):
+        return None
+    if not 0 <= seconds < math.inf:
+        raise Bad("bad span", f"{name} is {value!r}")
+    return seconds
+
+
+def span_of(start, end) -> tuple[float | None, float | None]:
+    """Returns (start, end) in seconds. Raises Bad where the end is not after the start."""
+    start, end = seconds_of(start, "start"), seconds_of(end, "end")
+    if end is not None and end <= (start or 0.0):
+        raise Bad("bad span", f"end {end:g} is not after start {start or 0.0:g}")
+    return start, end
+
+
+def path_in(folder: Path, name) -> str:
+    """Returns a file's path below `folder` (or absolute, as the source's author wrote it).
+
+    Raises:
+      Bad: no text, or an address instead of a file: nothing is ever fetched.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise Bad("bad path", f"{name!r}")
+    if ":" in name.split("/")[0]:
+        raise Bad("bad path", f"{name!r} is an address, not a file; download it first")
+    return str(folder / name)
+
+
+def unique(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Yields entries, those whose id came before marked as duplicates."""
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.id in seen and not entry.reason:
+            entry = entry._replace(reason="duplicate id", detail="an earlier line has it")
+        seen.add(entry.id)
+        yield entry
