@@ -26,6 +26,7 @@ _FORMATS = (
 _MAX_PIXELS = 8192 * 8192
 LONGEST = 1e7  # seconds; a duration above this (116 days) is a broken header
 _LANDS_LATE = 10.0  # seconds by which a seek may miss in a container without an index
+_PLANES = ("yuv420p", "yuvj420p")  # formats of which a part is cut without arithmetic
 _PREROLL = 0.25  # seconds of sound decoded before the window, for codecs with overlap
 
 
@@ -314,7 +315,10 @@ def _shown(container, stream, start: float, targets: list[float]) -> list | None
 
 def _picture(frame, size: int, crop: Crop) -> np.ndarray:
     """Returns the frame upright, scaled and cropped: uint8 [size size 3]."""
-    turns, _ = _pose(frame)
+    turns, mirrored = _pose(frame)
+    if not (turns or mirrored) and frame.format.name in _PLANES:
+        pixels = _part(frame, crop).reformat(size, size, "rgb24", threads=1).to_ndarray()
+        return np.ascontiguousarray(pixels[:, ::-1] if crop.flip else pixels)
     # The part that is kept becomes `size` × `size`: one scaling, then a slice.
     height, width = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
     height, width = (
@@ -328,6 +332,24 @@ def _picture(frame, size: int, crop: Crop) -> np.ndarray:
     left = round(crop.x * (pixels.shape[1] - size))
     pixels = pixels[top : top + size, left : left + size]
     return np.ascontiguousarray(pixels[:, ::-1] if crop.flip else pixels)
+
+
+def _part(frame, crop: Crop):
+    """Returns the part of a 4:2:0 frame that is kept, to the nearest two pixels: what is cut off need not be scaled."""
+    height, width = (max(2, 2 * round(side / 2)) for side in crop.sides(frame.height, frame.width))
+    height, width = min(height, frame.height), min(width, frame.width)
+    if (height, width) == (frame.height, frame.width) or width % 2 or height % 2:
+        return frame
+    top = 2 * round(crop.y * (frame.height - height) / 2)
+    left = 2 * round(crop.x * (frame.width - width) / 2)
+    planes = []
+    for plane, half in zip(frame.planes, (1, 2, 2)):
+        values = np.frombuffer(plane, np.uint8)
+        values = values[: len(values) // plane.line_size * plane.line_size].reshape(-1, plane.line_size)
+        planes.append(values[top // half : (top + height) // half, left // half : (left + width) // half].reshape(-1))
+    part = av.VideoFrame.from_ndarray(np.concatenate(planes).reshape(height * 3 // 2, width), frame.format.name)
+    part.colorspace, part.color_range = frame.colorspace, frame.color_range
+    return part
 
 
 def _pose(frame) -> tuple[int, bool]:
