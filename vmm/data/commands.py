@@ -43,7 +43,7 @@ def add(data) -> None:
     build.add_argument("--timeout", type=float, default=120.0, help="seconds for one file (default %(default)s)")
     build.add_argument("--memory", type=float, default=2.0, help="GiB for one file (default %(default)s)")
     build.add_argument("--max-bytes", type=float, default=1e9, help="of one file (default %(default)s)")
-    build.add_argument("--max-frames", type=int, default=20000, help="of one clip (default %(default)s)")
+    build.add_argument("--max-frames", type=int, default=50000, help="of one clip (default %(default)s)")
     build.add_argument("--budget", type=float, default=0.01, help="share that may be left out (default %(default)s)")
     build.add_argument("--runner", help="build shards in an Apache Beam pipeline, as DirectRunner, FlinkRunner")
     build.add_argument("--runner-option", action="append", default=[], metavar="--FLAG=VALUE", help="of the pipeline")

@@ -9,6 +9,7 @@ an ArrayRecord shard that `path` then names; `sha256` of the clip's bytes, check
 read; `media` and `source`, what is known of the clip and of the file that it was cut from.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -64,8 +65,10 @@ class Row(NamedTuple):
             elif self.record is None and self.sha256 is None:
                 return path
             data = read_member(path, () if self.record is None else ("record", self.record))
-        except OSError as error:
-            raise DecodeError(reason_of(error), str(error)) from None
+        except (OSError, EOFError) as error:
+            # A record that cannot be read back is not what the build wrote.
+            broken = getattr(error, "errno", None) == errno.EIO
+            raise DecodeError("changed" if broken else reason_of(error), str(error)) from None
         if self.sha256 is not None and hashlib.sha256(data).hexdigest() != self.sha256:
             raise DecodeError("changed", f"sha256 is not the manifest's {self.sha256}")
         return BytesIO(data)

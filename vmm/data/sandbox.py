@@ -122,7 +122,8 @@ class Sandbox:
         process.kill()
 
     def _died(self, error: Exception) -> Died:
-        self.process.join(5)
+        if isinstance(error, (EOFError, ConnectionError)):
+            self.process.join(5)
         code = self.process.exitcode
         if self.expired or code in (-signal.SIGPROF, -signal.SIGALRM):
             return Died("timeout", f"over {self.limits.seconds:g} s")
@@ -131,7 +132,9 @@ class Sandbox:
         if code is not None and code < 0:
             names = {int(number): number.name for number in signal.Signals}
             return Died("crashed", names.get(-code, f"signal {-code}"))
-        return Died("crashed", f"exit code {code} ({type(error).__name__})")
+        if code is None:
+            return Died("crashed", f"its answer makes no sense ({type(error).__name__})")
+        return Died("crashed", f"exit code {code}")
 
     def kill(self) -> None:
         """Ends the child for good, also in the middle of a call, from any thread; that call raises Died."""

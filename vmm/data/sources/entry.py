@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
     detail: str = ""
 
 
-REASONS = ("bad caption", "bad span", "bad path", "bad line", "duplicate id", "missing")
+REASONS = ("bad caption", "bad span", "bad path", "bad line", "bad label", "duplicate id", "missing")
 """Why a source line gives no clip."""
 
 
@@ -74,7 +74,7 @@ def captions_of(value) -> tuple[str, ...]:
             continue
         if not isinstance(text, str):
             raise Bad("bad caption", f"{type(text).__name__}, not text")
-        if "\ufffd" in text:
+        if "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
             raise Bad("bad caption", "not UTF-8")
         if len(text) > _LONGEST_CAPTION:
             raise Bad("bad caption", f"{len(text)} characters, more than {_LONGEST_CAPTION}")
@@ -101,12 +101,12 @@ def seconds_of(value, name: str) -> float | None:
         seconds = 0.0
         for part in parts:
             seconds = seconds * 60 + float(part)
-    except (ValueError, TypeError):
-        raise Bad("bad span", f"{name} is {value!r}, not seconds") from None
+    except (ValueError, TypeError, OverflowError):
+        raise Bad("bad span", f"{name} is {_short(value)}, not seconds") from None
     if math.isnan(seconds) and not isinstance(value, str):
         return None
     if not 0 <= seconds < math.inf:
-        raise Bad("bad span", f"{name} is {value!r}")
+        raise Bad("bad span", f"{name} is {_short(value)}")
     return seconds
 
 
@@ -124,18 +124,65 @@ def path_in(folder: Path, name) -> str:
     Raises:
       Bad: no text, or an address instead of a file: nothing is ever fetched.
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise Bad("bad path", f"{name!r}")
-    if ":" in name.split("/")[0]:
-        raise Bad("bad path", f"{name!r} is an address, not a file; download it first")
+    if not isinstance(name, str) or not name.strip() or "\0" in name or "\ufffd" in name:
+        raise Bad("bad path", _short(name))
+    # A file may well be called "12:30.mp4"; what is no file but looks like http: or concat: is named as what it is.
+    if ":" in name.split("/")[0] and not _is_file(folder / name):
+        raise Bad("bad path", f"{_short(name)} is an address, not a file; download it first")
     return str(folder / name)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or no name in this file system's encoding
+        return False
+
+
+def labels_of(values: Mapping) -> dict[str, str | int | list]:
+    """Returns the labels of a clip: name → class name, class index, or a list of them; without those that say nothing.
+
+    Raises:
+      Bad: neither text nor an index.
+    """
+    labels = {}
+    for name, value in values.items():
+        items = [_class(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        items = [item for item in items if item is not None]
+        if items:
+            labels[str(name)] = items if isinstance(value, (list, tuple)) else items[0]
+    return labels
+
+
+def _class(value) -> str | int | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # tables turn indices into 3.0 where one is missing
+    if isinstance(value, int):
+        if not -1 <= value < 1 << 31:
+            raise Bad("bad label", f"{value} is no class index")
+        return value
+    if not isinstance(value, str) or "\ufffd" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise Bad("bad label", f"{_short(value)} is neither a name nor an index")
+    return value.strip() or None
+
+
+def _short(value) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+    return text if len(text) < 200 else text[:200] + "…"
+
+
 def unique(entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Yields entries, those whose id came before marked as duplicates."""
+    """Yields entries, those whose id an earlier clip has marked as duplicates."""
     seen: set[str] = set()
     for entry in entries:
-        if entry.id in seen and not entry.reason:
-            entry = entry._replace(reason="duplicate id", detail="an earlier line has it")
-        seen.add(entry.id)
+        # A file name need not be UTF-8, an id has to be.
+        entry = entry._replace(id=entry.id.encode("utf-8", "backslashreplace").decode())
+        if not entry.reason:
+            if entry.id in seen:
+                entry = entry._replace(reason="duplicate id", detail="an earlier clip has it")
+            seen.add(entry.id)
         yield entry

@@ -1,6 +1,7 @@
 """A folder of media files; captions beside them, class folders around them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def folder(path: Path, label: str = "") -> Iterator[Entry]:
     if not names:
         raise UserError(f"{path}: holds no media files ({', '.join(sorted(MEDIA))})")
     stems = [name.rsplit(".", 1)[0] for name in names]
-    twice = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
+    twice = {stem for stem, count in Counter(stems).items() if count > 1}
     for name, stem in zip(names, stems):
         file = path / name
         entry = Entry(id=name if stem in twice else stem, path=str(file))
@@ -44,6 +45,8 @@ def _caption(file: Path) -> tuple[str, ...]:
             return captions_of(value.get("caption") if isinstance(value, dict) else None)
     except UnicodeDecodeError:
         raise Bad("bad caption", "not UTF-8") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Bad("bad caption", f"{data.name} is not JSON: {error}") from None
+    except OSError as error:
+        raise Bad("bad caption", f"cannot be read: {error.strerror}") from None
     return ()

@@ -2,13 +2,14 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vmm.data.sources.entry import Bad, Entry, captions_of, path_in, span_of
+from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, path_in, span_of
 from vmm.errors import UserError, one_of
 
-# Column → names under which tables in the wild have it.
+# Field → names under which tables in the wild have it.
 _NAMES = {
     "path": ("path", "video", "video_path", "file", "filename", "file_name", "clip", "media"),
     "id": ("id", "video_id", "clip_id", "videoid", "key"),
@@ -17,6 +18,7 @@ _NAMES = {
     "end": ("end", "end_time", "end_sec", "time_end"),
     "sha256": ("sha256",),
 }
+_REST = "\0rest"  # under this name csv keeps fields beyond the heading
 
 
 def read_csv(path: Path, media: Path | None = None, columns: Mapping = {}, label: str = "") -> Iterator[Entry]:
@@ -27,16 +29,30 @@ def read_csv(path: Path, media: Path | None = None, columns: Mapping = {}, label
       columns: field → column, where the names are not the usual ones (path, id, caption, start, end, sha256).
       label: column with class names.
     """
+    csv.field_size_limit(1 << 28)
     with _text(path) as file:
         head = file.readline()
         separator = max(",\t;|", key=head.count)
         file.seek(0)
-        reader = csv.DictReader(file, delimiter=separator, strict=False)
+        reader = csv.DictReader(file, delimiter=separator, restkey=_REST)
         names = [name for name in reader.fieldnames or () if name]
-        chosen = _columns(path, names, columns, label)
-        csv.field_size_limit(1 << 28)
-        for row in reader:
-            yield _entry(row, f"line {reader.line_num}", media or path.parent, chosen, label)
+        chosen = _chosen(path, names, columns)
+        for field, name in (*columns.items(), *([("the label", label)] if label else ())):
+            if name not in names:
+                raise UserError(f"{path}: has no column {name!r} for {field}; {one_of(name, names)}")
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield _bad_line(reader.line_num, str(error))
+                continue
+            if row is None:
+                return
+            fields = len(names) + len(row.get(_REST, ())) - sum(value is None for value in row.values())
+            if fields != len(names):
+                yield _bad_line(reader.line_num, f"{fields} fields, the heading has {len(names)}")
+            else:
+                yield _entry(row, reader.line_num, media or path.parent, chosen, label)
 
 
 def read_jsonl(path: Path, media: Path | None = None, columns: Mapping = {}, label: str = "") -> Iterator[Entry]:
@@ -44,30 +60,49 @@ def read_jsonl(path: Path, media: Path | None = None, columns: Mapping = {}, lab
 
     A manifest of vmm is read too: its labels, class indices, stay what they are.
     """
+    wanted = dict(columns) | ({"the label": label} if label else {})
+    names: dict[str, None] = {}
+    chosen: dict[tuple, dict] = {}
     with _text(path) as file:
-        start = file.read(1)
-        file.seek(0)
-        if start == "[":
-            try:
-                lines = enumerate((json.dumps(item) for item in json.load(file)), 1)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: not JSON ({error})") from None
-        else:
-            lines = enumerate(file, 1)
-        chosen = None
-        for number, line in lines:
-            if not line.strip():
+        for number, row in _objects(path, file):
+            if isinstance(row, Bad):
+                yield _bad_line(number, row.detail)
                 continue
+            keys = tuple(row)  # lines may have different ones
+            if keys not in chosen:
+                try:
+                    chosen[keys] = _chosen(path, keys, columns)
+                except UserError:
+                    if not chosen:
+                        raise
+                    yield _bad_line(number, "names no file")
+                    continue
+                names |= dict.fromkeys(keys)
+            yield _entry(row, number, media or path.parent, chosen[keys], label)
+    for field, name in wanted.items():
+        if name not in names:
+            raise UserError(f"{path}: no line has {name!r} for {field}; {one_of(name, names)}")
+
+
+def _objects(path: Path, file) -> Iterator[tuple[int, dict | Bad]]:
+    """Yields (number of the line or item, what stands there)."""
+    start = file.read(1)
+    file.seek(0)
+    if start == "[":
+        try:
+            values = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+        for number, value in enumerate(values, 1):
+            yield number, value if isinstance(value, dict) else Bad("bad line", "not an object")
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                yield Entry(f"line {number}", "", reason="bad line", detail=str(error))
-                continue
-            if chosen is None:
-                chosen = _columns(path, list(row), columns, label)
-            yield _entry(row, f"line {number}", media or path.parent, chosen, label)
+                value = json.loads(line)
+                yield number, value if isinstance(value, dict) else Bad("bad line", "not an object")
+            except (ValueError, RecursionError) as error:
+                yield number, Bad("bad line", f"not JSON: {error}")
 
 
 def _text(path: Path):
@@ -77,45 +112,49 @@ def _text(path: Path):
     return open(path, encoding="utf-8-sig", errors="replace", newline="")
 
 
-def _columns(path: Path, names: list[str], given: Mapping, label: str) -> dict[str, str]:
-    """Returns field → column of this table."""
+def _chosen(path: Path, names: Sequence[str], given: Mapping) -> dict[str, str]:
+    """Returns field → the column that holds it, of those that there are.
+
+    Raises:
+      UserError: none tells the file.
+    """
     by_lower = {name.lower().strip(): name for name in names}
-    chosen = {}
-    for field, known in _NAMES.items():
-        found = next((by_lower[name] for name in known if name in by_lower), None)
-        if field in given:
-            if given[field] not in names:
-                raise UserError(f"{path}: has no column {given[field]!r} for {field}; {one_of(given[field], names)}")
-            found = given[field]
-        if found:
-            chosen[field] = found
-    if "path" not in chosen:
+    found = {
+        field: given.get(field) or next((by_lower[name] for name in known if name in by_lower), None)
+        for field, known in _NAMES.items()
+    }
+    if unknown := set(given) - set(_NAMES):
+        raise UserError(f"--column {min(unknown)}=…: no such field; {one_of(min(unknown), _NAMES)}")
+    if found["path"] not in names:
         raise UserError(
-            f"{path}: no column tells the file of a clip; name one: --column path=NAME; {one_of('path', names)}"
+            f"{path}: no column tells the file of a clip; name one: --column path=NAME; {one_of(found['path'], names)}"
         )
-    if label and label not in names:
-        raise UserError(f"{path}: has no column {label!r} for the label; {one_of(label, names)}")
-    return chosen
+    return {field: name for field, name in found.items() if name in names}
 
 
-def _entry(row: dict, where: str, folder: Path, chosen: dict, label: str) -> Entry:
+def _bad_line(number: int, detail: str) -> Entry:
+    return Entry(f"line {number}", "", reason="bad line", detail=f"line {number}: {detail}")
+
+
+def _entry(row: dict, number: int, folder: Path, chosen: dict, label: str) -> Entry:
     def get(field):
         return row.get(chosen[field]) if field in chosen else None
 
-    name = get("path")
-    start, end = get("start"), get("end")
-    identity = get("id")
+    name, start, end, identity = get("path"), get("start"), get("end"), get("id")
     if identity is None or identity == "":
         identity = f"{name}" if start in (None, "") and end in (None, "") else f"{name}@{start}-{end}"
-    entry = Entry(id=str(identity) if name else where, path=str(name))
+    entry = Entry(id=str(identity)[:500] if name else f"line {number}", path=str(name)[:5000])
     try:
         start, end = span_of(start, end)
         labels = row.get("labels") if isinstance(row.get("labels"), dict) else {}
-        if label and row.get(label) not in (None, ""):
-            labels = labels | {label: row[label]}
+        if label:
+            labels = labels | {label: row.get(label)}
+        sha256 = get("sha256") or None
+        if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256 := str(sha256).strip().lower()):
+            raise Bad("bad line", "sha256 is not 64 hex digits")
         return entry._replace(
-            path=path_in(folder, name), start=start, end=end, captions=captions_of(get("caption")), labels=labels,
-            sha256=get("sha256") or None,
+            path=path_in(folder, name), start=start, end=end, captions=captions_of(get("caption")),
+            labels=labels_of(labels), sha256=sha256,
         )  # fmt: skip
     except Bad as error:
-        return entry._replace(reason=error.reason, detail=f"{where}: {error.detail}")
+        return entry._replace(reason=error.reason, detail=f"line {number}: {error.detail}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmm.data.sources.entry import Bad, Entry, captions_of, span_of
+from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, span_of
 from vmm.errors import UserError, one_of
 
 
@@ -29,45 +29,57 @@ def tfds(path: Path, split: str = "train", columns: Mapping = {}, label: str = "
     except UserError:
         raise
     except Exception as error:  # TFDS raises many kinds
-        line = str(error).strip().splitlines()[0]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: not a TFDS dataset in ArrayRecord files ({line}); prepare it with file_format='array_record'"
         ) from None
     media = columns.get("path") or next((name for name in ("media", "video", "audio", "mp4") if name in features), None)
     if media is None or media not in features:
         raise UserError(f"{path}: which feature holds the media's bytes? --column path=NAME; {one_of(media, features)}")
-    if label and label not in features:
-        raise UserError(f"{path}: has no feature {label!r}; {one_of(label, features)}")
+    for field, name in (*columns.items(), *([("the label", label)] if label else ())):
+        if name not in features:
+            raise UserError(f"{path}: has no feature {name!r} for {field}; {one_of(name, features)}")
     for number in range(len(source)):
-        example = source[number]
-
-        def get(field, example=example):
-            value = example.get(columns.get(field, field))
-            value = value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
-            return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-        identity = get("id")
-        entry = Entry(
-            str(identity) if identity not in (None, "") else f"{split}/{number:06d}",
-            str(path), member=("tfds", split, number, media),
-        )  # fmt: skip
+        entry = Entry(f"{split}/{number:06d}", str(path), member=("tfds", split, number, media))
         try:
-            caption = get("caption")
-            if isinstance(caption, (list, np.ndarray)):
-                caption = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in caption]
-            start, end = span_of(get("start"), get("end"))
-            labels = {}
-            if label:
-                value = example[label]
-                names = getattr(features[label], "names", None)
-                labels = {label: names[int(value)] if names else _plain(value)}
-            yield entry._replace(start=start, end=end, captions=captions_of(caption), labels=labels)
-        except Bad as error:
-            yield entry._replace(reason=error.reason, detail=error.detail)
+            example = source[number]
+        except Exception as error:  # of a broken file; ArrayRecord and TFDS raise many kinds
+            yield entry._replace(reason="bad line", detail=f"cannot be read: {str(error)[:200]}")
+            continue
+        yield _entry(entry, example, features, media, columns, label)
+
+
+def _entry(entry: Entry, example: Mapping, features: Mapping, media: str, columns: Mapping, label: str) -> Entry:
+    def get(field):
+        return _plain(example.get(columns.get(field, field)))
+
+    identity = get("id")
+    entry = entry._replace(id=str(identity)) if identity not in (None, "") else entry
+    try:
+        if not isinstance(example[media], bytes):
+            raise Bad("bad line", f"{media} is not bytes; store media as Scalar(np.object_)")
+        start, end = span_of(get("start"), get("end"))
+        labels = {}
+        if label:
+            feature = features[label]
+            names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+            value = _plain(example[label])
+            if names:
+                # -1 is how TFDS writes that the class is not known.
+                named = [names[item] for item in (value if isinstance(value, list) else [value]) if item >= 0]
+                value = named if isinstance(value, list) else (named or [None])[0]
+            labels = labels_of({label: value})
+        return entry._replace(start=start, end=end, captions=captions_of(get("caption")), labels=labels)
+    except Bad as error:
+        return entry._replace(reason=error.reason, detail=error.detail)
 
 
 def _plain(value):
-    value = value.item() if hasattr(value, "item") else value
+    """Returns text, numbers and lists of them for what TFDS gives."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 

@@ -6,8 +6,13 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmm.data.sources.entry import MEDIA, Bad, Entry, captions_of
+from vmm.data.sources.entry import MEDIA, VIDEO, Bad, Entry, captions_of, labels_of
 from vmm.errors import UserError
+
+_TEXTS = (".txt", ".json", ".cls")
+_LONGEST = 1 << 20  # bytes of a text member
+# What a header can break with, besides what is a tar error.
+_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError)
 
 
 def webdataset(path: Path, label: str = "") -> Iterator[Entry]:
@@ -16,7 +21,15 @@ def webdataset(path: Path, label: str = "") -> Iterator[Entry]:
     A key is a member's name up to the first dot of its last part. .txt: the caption; .json: {"caption": …} and, under
     `label`, the class; .cls: the class under `label`. Links, absolute names and names with .. are refused.
     """
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if path.is_file():
+        try:
+            with tarfile.open(path, "r:"):
+                pass
+        except _BROKEN as error:
+            raise UserError(f"{path}: not a plain tar ({error}); decompress a .tar.gz first") from None
+        yield from _tar(path, label)
+        return
+    tars = sorted(path.glob("*.tar"))
     if not tars:
         raise UserError(f"{path}: holds no .tar files")
     for tar in tars:
@@ -24,74 +37,91 @@ def webdataset(path: Path, label: str = "") -> Iterator[Entry]:
 
 
 def _tar(path: Path, label: str) -> Iterator[Entry]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    key, group = None, {}
+    group = _Group(path, None)
     try:
-        with tarfile.open(path, "r:") as tar:  # plain tars only: inside a compressed one nothing can be found again
-            while True:
-                try:
-                    member = tar.next()
-                except tarfile.TarError as error:
-                    yield from _clip(path, key, group, label)
-                    yield Entry(
-                        f"{path.name}@{tar.offset}", str(path), reason="bad line", detail=f"the tar breaks: {error}"
-                    )
-                    return
+        tar = tarfile.open(path, "r:")  # plain tars only: inside a compressed one nothing can be found again
+    except _BROKEN as error:
+        yield Entry(path.name, str(path), reason="bad line", detail=f"not a plain tar: {error}")
+        return
+    with tar:
+        while True:
+            try:
+                member = tar.next()
                 if member is None:
                     break
-                name = member.name
+                tar.members.clear()  # a tar may have millions
                 if member.isdir():
                     continue
-                if not member.isreg() or name.startswith("/") or ".." in name.split("/"):
-                    kind = "link" if member.islnk() or member.issym() else "name or kind"
-                    yield Entry(
-                        f"{path.name}/{name}",
-                        str(path),
-                        reason="bad path",
-                        detail=f"a {kind} that a dataset may not have",
-                    )
-                    continue
-                head, tail = posixpath.split(name)
+                head, tail = posixpath.split(member.name)
                 stem, _, suffix = tail.partition(".")
-                mine = posixpath.join(head, stem)
-                if mine != key:
-                    yield from _clip(path, key, group, label)
-                    key, group = mine, {}
-                group["." + suffix.lower()] = (
-                    tar.extractfile(member).read(1 << 20) if _is_text(suffix) else b"",
-                    member,
+                key, suffix = posixpath.join(head, stem), "." + suffix.lower()
+                text = tar.extractfile(member).read(_LONGEST) if member.isreg() and suffix in _TEXTS else b""
+            except _BROKEN as error:
+                yield from group.clip(label)
+                yield Entry(
+                    f"{path.name}@{tar.offset}", str(path), reason="bad line", detail=f"the tar breaks: {error}"
                 )
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a plain tar ({error}); decompress a .tar.gz first") from None
-    yield from _clip(path, key, group, label)
+                return
+            if key != group.key:
+                yield from group.clip(label)
+                group = _Group(path, key)
+            kind = _refused(member)
+            if kind:
+                group.refused = True
+                yield Entry(
+                    f"{path.name}/{member.name}", str(path), reason="bad path", detail=f"{kind}, refused in a dataset"
+                )
+            else:
+                group.members[suffix] = text, member
+    yield from group.clip(label)
 
 
-def _is_text(suffix: str) -> bool:
-    return suffix.lower() in ("txt", "json", "cls")
+def _refused(member: tarfile.TarInfo) -> str:
+    """Returns what a member is that no dataset may have; empty for a good one."""
+    if member.islnk() or member.issym():
+        return "a link"
+    if not member.isreg() or member.issparse():
+        return "not a plain file"
+    return "a name that leaves the tar" if member.name.startswith("/") or ".." in member.name.split("/") else ""
 
 
-def _clip(path: Path, key: str | None, group: dict, label: str) -> Iterator[Entry]:
-    """Yields the clip of one key's members: none where there is no medium among them."""
-    kind = next((suffix for suffix in group if suffix in MEDIA), None)
-    if key is None or kind is None:
-        return
-    _, member = group[kind]
-    entry = Entry(f"{path.stem}/{key}", str(path), member=("bytes", member.offset_data, member.size))
-    try:
-        captions, labels = (), {}
-        if ".json" in group:
-            value = json.loads(group[".json"][0].decode())
+class _Group:
+    """Members of one key, which follow one another."""
+
+    def __init__(self, path: Path, key: str | None):
+        self.path, self.key, self.members, self.refused = path, key, {}, False
+
+    def clip(self, label: str) -> Iterator[Entry]:
+        """Yields the entry of the group: none where its medium was refused."""
+        if self.key is None or not self.members:
+            return
+        entry = Entry(f"{self.path.stem}/{self.key}", str(self.path))
+        # The longest suffix that is one: of "a.left.mp4" the last part.
+        kinds = {suffix: "." + suffix.rsplit(".", 1)[1] for suffix in self.members}
+        media = sorted((kind not in VIDEO, suffix) for suffix, kind in kinds.items() if kind in MEDIA)
+        if not media:
+            if not self.refused:
+                yield entry._replace(reason="bad line", detail=f"no media among {', '.join(sorted(self.members))}")
+            return
+        _, member = self.members[media[0][1]]
+        entry = entry._replace(member=("bytes", member.offset_data, member.size))
+        try:
+            captions, labels = self._words(label)
+            yield entry._replace(captions=captions_of(captions), labels=labels_of(labels))
+        except (ValueError, RecursionError):
+            yield entry._replace(reason="bad caption", detail="not UTF-8, or not JSON")
+        except Bad as error:
+            yield entry._replace(reason=error.reason, detail=error.detail)
+
+    def _words(self, label: str) -> tuple:
+        captions, labels = None, {}
+        if ".json" in self.members:
+            value = json.loads(self.members[".json"][0].decode())
             if isinstance(value, dict):
-                captions = captions_of(value.get("caption", value.get("text")))
-                if label and value.get(label) is not None:
-                    labels = {label: value[label]}
-        if ".txt" in group:
-            captions = captions_of(group[".txt"][0].decode())
-        if label and ".cls" in group:
-            labels = {label: group[".cls"][0].decode().strip()}
-        yield entry._replace(captions=captions, labels=labels)
-    except (UnicodeDecodeError, ValueError):
-        yield entry._replace(reason="bad caption", detail="not UTF-8, or not JSON")
-    except Bad as error:
-        yield entry._replace(reason=error.reason, detail=error.detail)
+                captions = value.get("caption", value.get("text"))
+                labels = {label: value.get(label)} if label else {}
+        if ".txt" in self.members:
+            captions = self.members[".txt"][0].decode()
+        if label and ".cls" in self.members:
+            labels = {label: self.members[".cls"][0].decode().strip()}
+        return captions, labels
