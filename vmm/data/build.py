@@ -16,12 +16,13 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vmm.data.duplicates import near_duplicates
@@ -39,7 +40,8 @@ class Settings:
     """What a build depends on besides its source.
 
     source: words that name the source, kept in build.json. storage: how clips are stored. limits: of the work on
-    one file. shard: entries whose clips share a file. budget: share of clips that may be left out.
+    one file. shard: entries whose clips share a file. budget: share of clips that may be left out. classes: label →
+    names of its classes in order of index, as of another split's classes.json; labels that it lacks are found here.
     """
 
     source: str
@@ -47,6 +49,28 @@ class Settings:
     limits: Limits = Limits()
     shard: int = 512
     budget: float = 0.01
+    classes: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+
+def read_classes(path: Path) -> dict[str, list[str]]:
+    """Returns the classes of a classes.json.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    good = isinstance(classes, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        for names in classes.values()
+    )
+    if not good:
+        raise UserError(f"{path}: not a classes.json: label → a list of different names")
+    return classes
 
 
 def build(
@@ -116,6 +140,7 @@ def _plan(work: Path, entries: Iterable[Entry], settings: Settings, out: Path) -
     plan = list(unique(iter(entries)))
     if not plan:
         raise UserError(f"{settings.source}: gives no clips")
+    _check_classes(plan, settings)
     (work / "plan").mkdir(exist_ok=True)
     shards = -(-len(plan) // settings.shard)
     for shard in range(shards):
@@ -123,6 +148,16 @@ def _plan(work: Path, entries: Iterable[Entry], settings: Settings, out: Path) -
         _write(_plan_of(work, shard), _lines(lines))
     _write(work / "plan.json", json.dumps({"settings": _plain(settings), "shards": shards}).encode())
     return plan
+
+
+def _check_classes(plan: list[Entry], settings: Settings) -> None:
+    for name, known in settings.classes.items():
+        known = set(known)
+        for entry in plan:
+            value = entry.labels.get(name, [])
+            for item in value if isinstance(value, list) else [value]:
+                if str(item) not in known:
+                    raise UserError(f"{entry.id}: its {name}, {item!r}, is not in --classes; give a list that has it")
 
 
 def _plan_of(work: Path, shard: int) -> Path:
@@ -325,15 +360,16 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
     rows, lost, seen = [], [], set()
     for shard in shards:
         for row in _read_lines(_rows(work, shard)):
-            if "reason" not in row and row["id"] in seen:  # "a/0000" may be a clip of "a", and a clip of its own
-                where = {key: row["source"][key] for key in ("path", "member", "start", "end")}
-                row = {"id": row["id"], "reason": "duplicate id", "detail": "an earlier clip has it"} | where
             if "reason" in row:
                 lost.append(row)
-            else:
-                rows.append(row)
-                seen.add(row["id"])
-    classes = _classes(row["labels"] for row in rows)
+                continue
+            # "a/0000" may be a piece of "a", and a clip of its own.
+            row["id"] = next(name for name in _names(row["id"]) if name not in seen)
+            rows.append(row)
+            seen.add(row["id"])
+    classes = _classes([row["labels"] for row in rows]) | {
+        name: list(names) for name, names in settings.classes.items()
+    }
     places = {name: {item: place for place, item in enumerate(names)} for name, names in classes.items()}
     for row in rows:
         row["labels"] = {name: _index(value, places.get(name)) for name, value in row["labels"].items()}
@@ -344,7 +380,8 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
     for stray in (*out.glob("*.part"), *(out / "shards").glob("*.part")):  # of builds that were killed
         stray.unlink()
     _write(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False).encode())
-    files = [out / "manifest.jsonl", out / "quarantine.jsonl", *sorted((out / "shards").glob("*.arrayrecord"))]
+    names = ("manifest.jsonl", "quarantine.jsonl", "duplicates.jsonl", "classes.json")
+    files = [*(out / name for name in names), *sorted((out / "shards").glob("*.arrayrecord"))]
     told = {
         "settings": json.loads(json.dumps(_plain(settings))),
         "clips": len(rows),
@@ -355,6 +392,12 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
     _write(out / "build.json", json.dumps(told, indent=1).encode())
     shutil.rmtree(work)
     return told
+
+
+def _names(identity: str) -> Iterator[str]:
+    """Yields a clip's id and, should it be taken, others."""
+    yield identity
+    yield from (f"{identity}~{number}" for number in itertools.count(2))
 
 
 def _classes(labels: Iterable[Mapping]) -> dict[str, list[str]]:

@@ -97,9 +97,6 @@ def _counts(dataset: Dataset) -> Iterator[str]:
         for reason in sorted({*found, *told["left_out"]}):
             if found[reason] != told["left_out"].get(reason, 0):
                 yield f"quarantine.jsonl: {found[reason]} {reason}, build.json tells of {told['left_out'].get(reason, 0)}"
-    for name in ("duplicates.jsonl", "classes.json"):  # that build.json has no hash of
-        if not (dataset.manifest.parent / name).is_file():
-            yield f"{name}: No such file or directory"
     if dataset.duplicates is not None and told["duplicates"] != len(dataset.duplicates):
         yield f"duplicates.jsonl: {len(dataset.duplicates)} pairs, build.json tells of {told['duplicates']}"
 

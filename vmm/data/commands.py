@@ -44,6 +44,7 @@ def add(data) -> None:
     build.add_argument("--memory", type=float, default=2.0, help="GiB for one file (default %(default)s)")
     build.add_argument("--max-bytes", type=float, default=1e9, help="of one file (default %(default)s)")
     build.add_argument("--max-frames", type=int, default=50000, help="of one clip (default %(default)s)")
+    build.add_argument("--classes", type=Path, help="classes.json of another split: the same indices")
     build.add_argument("--budget", type=float, default=0.01, help="share that may be left out (default %(default)s)")
     build.add_argument("--runner", help="build shards in an Apache Beam pipeline, as DirectRunner, FlinkRunner")
     build.add_argument("--runner-option", action="append", default=[], metavar="--FLAG=VALUE", help="of the pipeline")
@@ -105,7 +106,7 @@ def _tokenizer(args) -> None:
 def _build(args) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vmm.data.build import Settings, build
+    from vmm.data.build import Settings, build, read_classes
     from vmm.data.sandbox import Limits
     from vmm.data.sources import open_source
     from vmm.data.transcode import Storage
@@ -118,7 +119,8 @@ def _build(args) -> None:
         frames=args.max_frames, bytes=int(args.max_bytes),
     )  # fmt: skip
     limits = Limits(args.timeout, int(args.memory * 2**30), 2 * int(args.max_bytes))
-    settings = Settings(words, storage, limits, args.shard, args.budget)
+    classes = read_classes(args.classes) if args.classes else {}
+    settings = Settings(words, storage, limits, args.shard, args.budget, classes)
     spread = None
     if args.runner:
         from vmm.data.beam import spread_over_beam
@@ -133,7 +135,7 @@ def _build(args) -> None:
         )  # fmt: skip
     lost = ", ".join(f"{count} {reason}" for reason, count in told["left_out"].items()) or "none"
     print(
-        f"{args.out}: {told['clips']} clips in {len(told['files']) - 2} shards; left out: {lost}; "
+        f"{args.out}: {told['clips']} clips in {len(told['files']) - 4} shards; left out: {lost}; "
         f"{told['duplicates']} look like another clip"
     )
 

@@ -201,6 +201,8 @@ def duration(container) -> float | None:
     # Of its streams only where the container does not say: subtitles may go on for longer.
     streams = [stream for stream in container.streams if stream.duration and stream.time_base]
     lengths += sorted((float(stream.duration * stream.time_base) for stream in streams), reverse=True)
+    if container.format.name.startswith("matroska"):  # counts from 0, not from the first timestamp
+        lengths = [length - max(0.0, origin(container)) for length in lengths]
     return next((length for length in lengths if 0 < length < LONGEST), None)
 
 

@@ -14,6 +14,7 @@ from vmm.data.media import DecodeError
 from vmm.data.strict import Sound
 
 TIME_BASE = Fraction(1, 90000)  # of stored pictures: any frame rate, variable ones too
+_FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: how long each picture is shown reaches the file
 _LONGEST_PICTURE = 3600.0  # seconds; a picture that claims to last longer lasts as the one before it
 
 
@@ -51,7 +52,7 @@ class Store:
         self.count, self.seconds, self.width, self.height = 0, 0.0, None, None
         self.hashes, self.hashed = [], -math.inf
         self.waiting = None  # (frame, tick) of the newest picture: how long it lasts is told by the next one
-        self.gap = 0.0  # seconds that the picture before it lasts
+        self.gap = 0.0  # seconds between the last two pictures of the file
         self.container = self.video = self.audio = None
 
     def __enter__(self):
@@ -64,8 +65,14 @@ class Store:
         if container is not None and kind is None:
             container.close()
 
-    def picture(self, frame, time: float) -> None:
-        """Adds a picture. time: seconds after the clip's start; one at the same time replaces the last."""
+    def picture(self, frame, time: float, gap: float) -> None:
+        """Adds a picture.
+
+        Args:
+          time: seconds after the clip's start; one at the same time replaces the last.
+          gap: seconds since the picture before it, stored or not; 0: there is none.
+        """
+        self.gap = gap
         tick = round(time / TIME_BASE)
         if self.waiting is not None and tick > self.waiting[1]:
             self._write(tick)
@@ -100,7 +107,6 @@ class Store:
     def _write(self, end: int) -> None:
         """Encodes the picture that waits; it is shown until tick `end`."""
         frame, tick = self.waiting
-        self.gap = float((end - tick) * TIME_BASE)
         if frame.is_corrupt:
             raise DecodeError("damaged", f"the picture {float(tick * TIME_BASE):.3f} s after the clip's start")
         self.count += 1
@@ -138,6 +144,7 @@ class Store:
         self.video.width, self.video.height, self.video.pix_fmt = shown.width, shown.height, "yuv420p"
         self.video.time_base = self.video.codec_context.time_base = TIME_BASE
         self.video.thread_type = "NONE"
+        self.video.codec_context.flags |= _FRAME_DURATION
         # Numbers are stored as they are: how they mean colours must be told again.
         for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
             setattr(self.video.codec_context, name, getattr(shown, name))
@@ -152,6 +159,7 @@ class Store:
             wave, rate = self.sound
             layout = "mono" if len(wave) == 1 else "stereo"
             self.audio = self.container.add_stream("aac", rate=rate, layout=layout, bit_rate=64000 * len(wave))
+            self.audio.options = {"aac_coder": "fast"}  # the default overshoots where a sound sets in
 
     def _feed(self, seconds: float) -> None:
         """Encodes the sound up to a time, so that it lies beside its pictures in the file."""

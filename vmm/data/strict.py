@@ -22,6 +22,7 @@ BARE = ("mp3", "aac", "ac3", "eac3", "amr", "h264", "hevc", "mpegvideo", "obu", 
 _PREROLL = 0.25  # seconds of sound decoded before the span: codecs overlap their blocks
 _SHORT = 0.25  # seconds by which a header may promise too much
 _HOLE = 0.1  # seconds without sound between two frames, above which they are no jitter of timestamps
+_MARGIN = 1 << 20  # pixels
 _HOLES = 0.1  # share of a sound that may be holes
 _RATES = (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)  # that AAC and resampling keep as they are
 
@@ -75,7 +76,8 @@ def strict_frames(container, stream, start: float, pixels: int = 0) -> Iterator[
 
 
 def _frames(container, stream, start: float, pixels: int) -> Iterator[tuple]:
-    media.seek(container, stream, start, pixels, {"err_detect": "explode"})
+    # The decoder counts memory, with margins; the picture itself is measured below.
+    media.seek(container, stream, start, pixels and 2 * pixels + _MARGIN, {"err_detect": "explode"})
     clock = media.Clock(container, stream)
     packets = container.demux(stream)
     last, failed = None, None
@@ -99,6 +101,8 @@ def _frames(container, stream, start: float, pixels: int) -> Iterator[tuple]:
                 raise DecodeError("damaged", failed)
             if last is not None and time < last - TICK and stream.type == "video":
                 raise DecodeError("damaged", f"time runs backwards at {last:.3f} s")
+            if pixels and frame.width * frame.height > pixels:
+                raise DecodeError("too large", f"{frame.width}×{frame.height} pixels")
             last = time
             yield frame, time
     if failed and container.format.name not in BARE:
@@ -163,7 +167,7 @@ def read_sound(data: bytes, first: float, until: float) -> Sound | None:
         stream = media.audio_stream(container)
         rate = stream.rate if stream.rate in _RATES else 48000
         layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-        tape = _Tape(rate, layout, container.format.name not in _LINEAR)
+        tape = _Tape(rate, layout, container.format.name != "avi")
         for frame, time in strict_frames(container, stream, max(0.0, first - _PREROLL)):
             if time >= until:
                 break

@@ -187,13 +187,14 @@ def _pictures(data: bytes, first: float, until: float, storage: Storage, sound) 
     with opened_bytes(data) as container:
         stream = media.video_stream(container)
         with Store(storage, sound, float(stream.sample_aspect_ratio or 1)) as store:
-            ended = False
+            ended, last = False, None
             for frame, time in strict_frames(container, stream, first, storage.pixels):
                 if time >= until - TICK:
                     ended = True
                     break
                 # Of the pictures up to `first`, the last one is what is seen there: each replaces the one before.
-                store.picture(frame, time - first if time > first + TICK else 0.0)
+                store.picture(frame, time - first if time > first + TICK else 0.0, 0.0 if last is None else time - last)
+                last = time
             store.end_pictures(until - first, ended)
             if store.count:
                 check_end(first + store.seconds, promised_end(container, stream), until, store.gap)

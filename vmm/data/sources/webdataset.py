@@ -48,6 +48,7 @@ def _tar(path: Path, label: str) -> Iterator[Entry]:
             try:
                 member = tar.next()
                 if member is None:
+                    _check_end(path, tar.offset)
                     break
                 tar.members.clear()  # a tar may have millions
                 if member.isdir():
@@ -74,6 +75,15 @@ def _tar(path: Path, label: str) -> Iterator[Entry]:
             else:
                 group.members[suffix] = text, member
     yield from group.clip(label)
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raises EOFError where a tar goes on behind its end: tarfile stops at a damaged header without a word."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while block := file.read(1 << 16):
+            if block.strip(b"\0"):
+                raise EOFError("a damaged header, or another tar behind this one")
 
 
 def _refused(member: tarfile.TarInfo) -> str:
