@@ -89,7 +89,8 @@ def folder(world_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder) -> Path:
     out = folder.parent / "page.html"
-    assert show(folder, out) == (3, 0)
+    told = show(folder, out)
+    assert told == (3, 0), read(out).text
     return out
 
 
