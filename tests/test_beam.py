@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("apache_beam", reason='the extra "beam" is not installed; make test-beam runs this')
 
-from vmm.data.beam import spread_over_beam
-from vmm.data.build import Settings, build
+from vmm.data.building.beam import spread_over_beam
+from vmm.data.building.build import Settings, build
 from vmm.data.sources import open_source
 from vmm.errors import UserError
 

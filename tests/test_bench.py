@@ -83,9 +83,10 @@ def test_both_ways_decode_the_same_window(samples):
         ours = decode._ours(sample.path, 0.7, window)
         plain = decode.straight_loop(sample.path, 0.7, window)
         assert ours.video.shape == plain.video.shape == (16, 224, 224, 3)
-        # The middle square may begin a pixel elsewhere.
-        shifted = np.abs(ours.video[:, :, :-1].astype(int) - plain.video[:, :, 1:]).mean()
-        assert min(shifted, np.abs(ours.video.astype(int) - plain.video).mean()) < 0.5, sample.name
+        # The middle square may begin two pixels elsewhere, which fine texture shows; another picture differs more.
+        apart = np.abs(ours.video.astype(int) - plain.video).mean((1, 2, 3))
+        another = np.abs(np.roll(ours.video, 1, 0).astype(int) - plain.video).mean((1, 2, 3))
+        assert (apart < 0.6 * another).all(), (sample.name, apart, another)
         assert ours.audio.shape == plain.audio.shape
         assert np.corrcoef(ours.audio, plain.audio)[0, 1] > 0.98, sample.name
 

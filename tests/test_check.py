@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from vmm.__main__ import main
-from vmm.data.build import Settings, build
-from vmm.data.check import check
-from vmm.data.compare import compare, write_common
-from vmm.data.dataset import open_dataset
+from vmm.data.building.build import Settings, build
+from vmm.data.inspection.check import check
+from vmm.data.inspection.compare import compare, write_common
+from vmm.data.inspection.dataset import open_dataset
+from vmm.data.inspection.survey import survey
 from vmm.data.manifest import read_manifest
 from vmm.data.sources import open_source
-from vmm.data.survey import survey
 from vmm.errors import UserError
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from vmm.__main__ import main
-from vmm.data import pictures
-from vmm.data.build import Settings, build
-from vmm.data.show import show, text
+from vmm.data.building.build import Settings, build
+from vmm.data.inspection import pictures
+from vmm.data.inspection.show import show, text
 from vmm.data.sources import open_source
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'too'"

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from test_media import RATE, click, corners, named, pitch_of, spoil, tone, turn, write
 
+from vmm.data import media
+from vmm.data.building.store import Storage, Store
+from vmm.data.building.transcode import REASONS, transcode
 from vmm.data.sandbox import Limits, Sandbox
-from vmm.data.store import Storage, Store
-from vmm.data.transcode import REASONS, transcode
 
 
 def bars(number: int, height: int = 64, width: int = 96, low: int = 40, high: int = 210) -> np.ndarray:
@@ -756,6 +757,26 @@ def test_a_span_outside(tmp_path):
     assert reason(path, [2.95, 3.0]) == "stored"
 
 
+def test_a_stream_that_shows_up_in_the_middle(tmp_path):
+    """FLV may bring a new stream at any time; PyAV has no place for its packets."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 160, 240, 3), np.uint8)
+    path = write(tmp_path / "a.flv", [noise[i % 20] for i in range(120)], options={"crf": "1", "preset": "ultrafast"})
+    content = path.read_bytes()
+    assert len(content) > 7_000_000  # more than is read to find the streams
+    tag = b"\x08" + (40).to_bytes(3, "big") + (15000).to_bytes(3, "big") + bytes(4) + b"\x2f" + bytes(39)
+    place, tags = 13, []
+    while place < len(content):
+        tags.append(place)
+        place += 11 + int.from_bytes(content[place + 1 : place + 4], "big") + 4
+    middle = tags[115]
+    path.write_bytes(content[:middle] + tag + len(tag).to_bytes(4, "big") + content[middle:])
+    with av.open(str(path)) as container, pytest.raises(IndexError):
+        list(container.demux(video=0))
+    assert one(path)[0]["frames"] == 120
+    got = media.decode(str(path), pick=lambda _: 0.0, seconds=2.0, frames=4, size=32, sample_rate=RATE)
+    assert got.video is not None
+
+
 # Limits.
 
 
@@ -772,7 +793,7 @@ def patched(path: Path, width: int, height: int) -> Path:
 
 def test_gigantic_header_values_take_no_memory(tmp_path):
     path = patched(film(tmp_path / "a.mp4"), 60000, 60000)
-    sandbox = Sandbox("vmm.data.transcode:transcode", Limits(seconds=20, memory=1 << 29))
+    sandbox = Sandbox("vmm.data.building.transcode:transcode", Limits(seconds=20, memory=1 << 29))
     try:
         note = sandbox({"path": str(path)}).note
         outcome = note.get("reason") or note["clips"][0].get("reason", "stored")
@@ -808,7 +829,7 @@ def test_a_decompression_bomb(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert path.stat().st_size < 1 << 21
-    sandbox = Sandbox("vmm.data.transcode:transcode", Limits(seconds=20, memory=1 << 29))
+    sandbox = Sandbox("vmm.data.building.transcode:transcode", Limits(seconds=20, memory=1 << 29))
     try:
         assert sandbox({"path": str(path)}).note["reason"] == "too large"
     finally:

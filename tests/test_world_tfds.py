@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vmm.data import media
-from vmm.data.build import Settings, build
+from vmm.data.building.build import Settings, build
 from vmm.data.manifest import read_manifest
 from vmm.data.sources import open_source
 

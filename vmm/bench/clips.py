@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from vmm.data import text
-from vmm.data.transcode import Storage, transcode
+from vmm.data.building.transcode import Storage, transcode
 from vmm.errors import UserError
 
 RATE, FPS = 48000, 30

@@ -40,7 +40,9 @@ def add(data) -> None:
     build.add_argument("--seconds", type=float, default=10.0, help="length of windows, longest shot (%(default)s)")
     build.add_argument("--shard", type=int, default=512, help="source clips a shard (default %(default)s)")
     build.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: all cores)")
-    build.add_argument("--timeout", type=float, default=120.0, help="seconds for one file (default %(default)s)")
+    build.add_argument(
+        "--timeout", type=float, default=120.0, help="processor seconds for one file (default %(default)s)"
+    )
     build.add_argument("--memory", type=float, default=2.0, help="GiB for one file (default %(default)s)")
     build.add_argument("--max-bytes", type=float, default=1e9, help="of one file (default %(default)s)")
     build.add_argument("--max-frames", type=int, default=50000, help="of one clip (default %(default)s)")
@@ -106,10 +108,11 @@ def _tokenizer(args) -> None:
 def _build(args) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vmm.data.build import Settings, build, read_classes
+    from vmm.data.building.build import Settings, build
+    from vmm.data.building.classes import read_classes
+    from vmm.data.building.transcode import Storage
     from vmm.data.sandbox import Limits
     from vmm.data.sources import open_source
-    from vmm.data.transcode import Storage
 
     columns = dict(item.partition("=")[::2] for item in args.column)
     options = {"media": args.media, "label": args.label, "columns": columns, "split": args.split, "clips": args.clips}
@@ -123,7 +126,7 @@ def _build(args) -> None:
     settings = Settings(words, storage, limits, args.shard, args.budget, classes)
     spread = None
     if args.runner:
-        from vmm.data.beam import spread_over_beam
+        from vmm.data.building.beam import spread_over_beam
 
         spread = functools.partial(spread_over_beam, str(args.out.resolve()), args.runner, args.runner_option)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -162,8 +165,8 @@ def _check(args) -> None:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vmm.data.check import check
-    from vmm.data.survey import print_survey, survey
+    from vmm.data.inspection.check import check
+    from vmm.data.inspection.survey import print_survey, survey
     from vmm.errors import StorageError, UserError
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -199,8 +202,8 @@ def _check(args) -> None:
 
 
 def _compare(args) -> None:
-    from vmm.data.compare import compare, print_compared, write_common
-    from vmm.data.dataset import open_dataset
+    from vmm.data.inspection.compare import compare, print_compared, write_common
+    from vmm.data.inspection.dataset import open_dataset
 
     a, b = open_dataset(args.a), open_dataset(args.b)
     compared = compare(a, b)
@@ -213,7 +216,7 @@ def _compare(args) -> None:
 def _show(args) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from vmm.data.show import show
+    from vmm.data.inspection.show import show
 
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as bar:
         task = bar.add_task("drawing clips", total=None)

@@ -41,8 +41,8 @@ class DecodeError(Exception):
 REASONS = ("missing", "unreadable", "undecodable", "no streams", "no frames", "too large", "changed")
 
 
-# Every way in which a broken file fails.
-BROKEN = (av.FFmpegError, OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError)
+# Every way in which a broken file fails; an IndexError of packets whose stream shows up as late as they do.
+BROKEN = (av.FFmpegError, OSError, UnicodeDecodeError, MemoryError, ValueError, EOFError, OverflowError, IndexError)
 
 
 class Crop(NamedTuple):
@@ -225,7 +225,7 @@ def frames_from(container, stream, start: float, pixels: int = _MAX_PIXELS):
                 if time is not None:
                     some = True
                     yield frame, time
-        except (av.FFmpegError, ValueError, EOFError):
+        except (av.FFmpegError, ValueError, EOFError, IndexError):
             # Many broken files fail only at their end: what decoded before is good.
             if not some:
                 raise

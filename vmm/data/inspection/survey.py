@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vmm.data.dataset import Dataset, about, printable
+from vmm.data.inspection.dataset import Dataset, about, printable
 from vmm.data.manifest import manifest_digest
 
 UNKNOWN = "unknown"

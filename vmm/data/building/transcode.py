@@ -9,11 +9,8 @@ import math
 import numpy as np
 
 from vmm.data import media
-from vmm.data.media import DecodeError
-from vmm.data.members import read_member
-from vmm.data.sandbox import Answer
-from vmm.data.store import Storage, Store
-from vmm.data.strict import (
+from vmm.data.building.store import Storage, Store
+from vmm.data.building.strict import (
     BARE,
     TICK,
     check_end,
@@ -24,6 +21,9 @@ from vmm.data.strict import (
     read_sound,
     strict_frames,
 )
+from vmm.data.media import DecodeError
+from vmm.data.members import read_member
+from vmm.data.sandbox import Answer
 
 _SHOT_SIZE = (48, 27)  # width, height at which shots are looked for
 _SHOT_CHANGE = 27.0  # mean change of brightness and colour, of 255, that a cut shows
@@ -168,7 +168,7 @@ def _clip(data: bytes, source: dict, start: float | None, end: float | None, sto
             store.end_sound()
     # Containers without lengths of streams have one of the whole; of bare streams it is a guess.
     due = length / 2 if length is not None and source["container"] in BARE else length
-    check_end(first + max(store.seconds, heard), due, until, store.gap)
+    check_end(first + max(store.seconds, heard), due, until, 2 * store.gap)
     about = {
         "start": start, "end": end, "duration": round(max(store.seconds, heard), 4),
         "frames": store.count, "fps": round(store.count / store.seconds, 3) if store.count else None,

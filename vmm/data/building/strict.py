@@ -5,6 +5,7 @@ an error, that run backwards in time, or that end before the container says so.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from typing import NamedTuple
@@ -20,7 +21,7 @@ _LINEAR = ("avi", "mpegts", "mpeg")  # seeks miss, or times are only known by co
 # Bare streams: they tell no length (what FFmpeg gives is a guess from the bit rate), and tags may trail.
 BARE = ("mp3", "aac", "ac3", "eac3", "amr", "h264", "hevc", "mpegvideo", "obu", "dts", "truehd")
 _PREROLL = 0.25  # seconds of sound decoded before the span: codecs overlap their blocks
-_SHORT = 0.25  # seconds by which a header may promise too much
+_SHORT = 0.1  # seconds by which a header may promise too much
 _HOLE = 0.1  # seconds without sound between two frames, above which they are no jitter of timestamps
 _MARGIN = 1 << 20  # pixels
 _HOLES = 0.1  # share of a sound that may be holes
@@ -88,7 +89,7 @@ def _frames(container, stream, start: float, pixels: int) -> Iterator[tuple]:
                 break
             clock.feed(packet)
             decoded = packet.decode()
-        except (av.FFmpegError, ValueError, EOFError) as error:
+        except (av.FFmpegError, ValueError, EOFError, IndexError) as error:
             if last is None:
                 raise
             failed = failed or f"after {last:.3f} s: {_words(error)}"
@@ -111,11 +112,22 @@ def _frames(container, stream, start: float, pixels: int) -> Iterator[tuple]:
 
 def promised_end(container, stream) -> float | None:
     """Returns when a stream says that it ends, in seconds of the clip's clock; None: it does not say."""
+    if container.format.name.startswith("matroska"):  # a tag, which most programs write; of the end, not the length
+        return _tagged(stream.metadata.get("DURATION", ""), media.origin(container))
     if not stream.duration or not stream.time_base:
         return None
     length = float(stream.duration * stream.time_base)
     begin = float((stream.start_time or 0) * stream.time_base) - media.origin(container)
     return begin + length if 0 < length < media.LONGEST else None
+
+
+def _tagged(text: str, origin: float) -> float | None:
+    """Returns the seconds of "00:01:02.500000000" after the first timestamp, None of anything else."""
+    match = re.fullmatch(r"(\d{2}):(\d{2}):(\d{2}\.\d+)\0?", text)
+    if match is None:
+        return None
+    hours, minutes, seconds = (float(part) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds - max(0.0, origin) or None
 
 
 def check_end(end: float, promised: float | None, until: float, slack: float = 0.0) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vmm.data import pictures
-from vmm.data.dataset import Dataset, about, open_dataset
+from vmm.data.inspection import pictures
+from vmm.data.inspection.dataset import Dataset, about, open_dataset
 from vmm.data.manifest import Row
 from vmm.data.sandbox import Answer, Died, Limits, run_all
 from vmm.errors import StorageError, UserError
@@ -66,7 +66,9 @@ def show(path: Path, out: Path, clips: int = 24, seed: int = 0, progress: Callab
     progress(0, count)
     media = [about(dataset.lines[number], "media") for number in numbers]
     jobs = ((place, {"row": row._asdict()}) for place, row in enumerate(rows))
-    for place, answer in run_all("vmm.data.pictures:draw", jobs, min(os.cpu_count() or 1, max(1, count)), _LIMITS):
+    for place, answer in run_all(
+        "vmm.data.inspection.pictures:draw", jobs, min(os.cpu_count() or 1, max(1, count)), _LIMITS
+    ):
         drawn[place] = answer
         progress(len(drawn), count)
     cards = [_card(dataset, row, media[place], drawn[place]) for place, row in enumerate(rows)]

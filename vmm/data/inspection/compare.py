@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from vmm.data.dataset import Dataset, about, printable
+from vmm.data.inspection.dataset import Dataset, about, printable
 from vmm.data.manifest import Row
 from vmm.errors import StorageError, UserError
 

@@ -24,7 +24,7 @@ def spread_over_beam(out: str, runner: str, options: Sequence[str], shards: Sequ
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError(f'--runner: {error}; pip install "vmm[beam]", best in an environment of its own') from None
-    from vmm.data.build import build_shard
+    from vmm.data.building.build import build_shard
 
     if not shards:
         return

@@ -9,9 +9,9 @@ import av
 import numpy as np
 
 from vmm.data import media
-from vmm.data.duplicates import picture_hash
+from vmm.data.building.duplicates import picture_hash
+from vmm.data.building.strict import Sound
 from vmm.data.media import DecodeError
-from vmm.data.strict import Sound
 
 TIME_BASE = Fraction(1, 90000)  # of stored pictures: any frame rate, variable ones too
 _FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: how long each picture is shown reaches the file

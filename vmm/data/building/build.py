@@ -18,21 +18,20 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vmm.data.duplicates import near_duplicates
-from vmm.data.sandbox import DEATHS, Answer, Died, Limits, run_all
-from vmm.data.shards import write_shard
+from vmm.data.building.classes import class_index, number_classes
+from vmm.data.building.duplicates import near_duplicates
+from vmm.data.building.packing import json_lines, keep, note_of, pack, read_json_lines, rows_of, write_whole
+from vmm.data.building.transcode import Storage
+from vmm.data.sandbox import DEATHS, Limits, run_all
 from vmm.data.sources.entry import Entry, unique
-from vmm.data.transcode import Storage
 from vmm.errors import DataBudgetError, StorageError, UserError
 
-_TRANSCODE = "vmm.data.transcode:transcode"
+_TRANSCODE = "vmm.data.building.transcode:transcode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +49,6 @@ class Settings:
     shard: int = 512
     budget: float = 0.01
     classes: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-
-
-def read_classes(path: Path) -> dict[str, list[str]]:
-    """Returns the classes of a classes.json.
-
-    Raises:
-      UserError: it is none.
-    """
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    good = isinstance(classes, dict) and all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-        for names in classes.values()
-    )
-    if not good:
-        raise UserError(f"{path}: not a classes.json: label → a list of different names")
-    return classes
 
 
 def build(
@@ -107,7 +85,7 @@ def build(
             plan = _plan(work, entries, settings, out)
             shards = range(-(-len(plan) // settings.shard))
             if spread:
-                spread([shard for shard in shards if not _rows(work, shard).is_file()])
+                spread([shard for shard in shards if not rows_of(work, shard).is_file()])
             _work(dict(enumerate(plan)), shards, out, settings, workers, progress)
             told = _finish(shards, out, work, settings)
     except OSError as error:
@@ -145,8 +123,8 @@ def _plan(work: Path, entries: Iterable[Entry], settings: Settings, out: Path) -
     shards = -(-len(plan) // settings.shard)
     for shard in range(shards):
         lines = [entry._asdict() for entry in plan[shard * settings.shard : (shard + 1) * settings.shard]]
-        _write(_plan_of(work, shard), _lines(lines))
-    _write(work / "plan.json", json.dumps({"settings": _plain(settings), "shards": shards}).encode())
+        write_whole(_plan_of(work, shard), json_lines(lines))
+    write_whole(work / "plan.json", json.dumps({"settings": _plain(settings), "shards": shards}).encode())
     return plan
 
 
@@ -165,7 +143,7 @@ def _plan_of(work: Path, shard: int) -> Path:
 
 
 def _planned(work: Path, shard: int) -> list[Entry]:
-    return [Entry(**_untuple(fields)) for fields in _read_lines(_plan_of(work, shard))]
+    return [Entry(**_untuple(fields)) for fields in read_json_lines(_plan_of(work, shard))]
 
 
 def build_shard(out: str, shard: int) -> int:
@@ -212,14 +190,14 @@ def _work(
     pending = []
     for number, entry in plan.items():
         shard = number // settings.shard
-        if _rows(work, shard).is_file():
+        if rows_of(work, shard).is_file():
             shutil.rmtree(work / f"{shard:05d}", ignore_errors=True)
-        elif not entry.reason and not _note(work, shard, number).is_file():
+        elif not entry.reason and not note_of(work, shard, number).is_file():
             left[shard] += 1
             pending.append(number)
     for shard in shards:
         if not left[shard]:
-            _pack(plan, shard, out, work, settings)
+            pack(plan, shard, settings.shard, out, settings.storage.keep)
     done = len(plan) - len(pending)
     progress(done, len(plan))
     storage = list(settings.storage)
@@ -236,121 +214,12 @@ def _work(
     with contextlib.closing(run_all(_TRANSCODE, jobs(), workers, settings.limits)) as answers:
         for number, answer in answers:
             shard = number // settings.shard
-            _keep(_note(work, shard, number), answer)
+            keep(note_of(work, shard, number), answer)
             left[shard] -= 1
             if not left[shard]:
-                _pack(plan, shard, out, work, settings)
+                pack(plan, shard, settings.shard, out, settings.storage.keep)
             done += 1
             progress(done, len(plan))
-
-
-def _note(work: Path, shard: int, number: int) -> Path:
-    return work / f"{shard:05d}" / f"{number:08d}.json"
-
-
-def _keep(path: Path, answer: Answer | Died) -> None:
-    """Writes what came of an entry: its parts, then its note, which makes it done."""
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(answer, Died):
-        note = {"reason": answer.reason, "detail": answer.detail, "clips": [], "sizes": []}
-    else:
-        note = answer.note | {"sizes": [len(part) for part in answer.parts]}
-        _write(path.with_suffix(".bin"), b"".join(answer.parts))
-    _write(path, json.dumps(note).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # a cluster may do one shard's work twice
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _lines(values: Iterable[dict]) -> bytes:
-    """Returns JSON lines in UTF-8; a file name that is none stays what it is, in escapes."""
-    lines = []
-    for value in values:
-        try:
-            lines.append(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        except UnicodeEncodeError:
-            lines.append(json.dumps(value).encode() + b"\n")
-    return b"".join(lines)
-
-
-def _read_lines(path: Path) -> list[dict]:
-    # Not splitlines(): a caption may hold U+2028 or U+0085.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _rows(work: Path, shard: int) -> Path:
-    return work / f"rows-{shard:05d}.jsonl"
-
-
-def _pack(plan: Mapping[int, Entry], shard: int, out: Path, work: Path, settings: Settings) -> None:
-    """Turns the finished entries of a shard into its file and its rows."""
-    rows_path = _rows(work, shard)
-    if rows_path.is_file():
-        return
-    rows, name = [], f"shards/{shard:05d}.arrayrecord"
-
-    def records() -> Iterator[bytes]:
-        count = 0
-        for number in range(shard * settings.shard, (shard + 1) * settings.shard):
-            if number not in plan:
-                break
-            entry = plan[number]
-            if entry.reason:
-                rows.append(_left_out(entry, entry.id, entry.reason, entry.detail))
-                continue
-            note = json.loads(_note(work, shard, number).read_text())
-            if "reason" in note:
-                rows.append(_left_out(entry, entry.id, note["reason"], note["detail"]))
-                continue
-            data = _note(work, shard, number).with_suffix(".bin").read_bytes()
-            places, start, used = [], 0, {}
-            for size in note["sizes"]:
-                places.append(data[start : start + size])
-                start += size
-            for i, clip in enumerate(note["clips"]):
-                identity = entry.id if len(note["clips"]) == 1 else f"{entry.id}/{i:04d}"
-                if "reason" in clip:
-                    rows.append(_left_out(entry, identity, clip["reason"], clip["detail"], clip["start"], clip["end"]))
-                    continue
-                part = clip.pop("part")
-                if part not in used:
-                    yield places[part]
-                    used[part] = count, hashlib.sha256(places[part]).hexdigest()
-                    count += 1
-                rows.append(_row(entry, identity, name, *used[part], note["source"], clip, settings.storage.keep))
-
-    write_shard(out / name, records())
-    _write(rows_path, _lines(rows))
-    shutil.rmtree(work / f"{shard:05d}", ignore_errors=True)
-
-
-def _left_out(entry: Entry, identity: str, reason: str, detail: str, start=None, end=None) -> dict:
-    return {
-        "id": identity, "path": entry.path, "member": entry.member, "reason": reason, "detail": detail,
-        "start": entry.start if start is None else start, "end": entry.end if end is None else end,
-    }  # fmt: skip
-
-
-def _row(
-    entry: Entry, identity: str, path: str, record: int, sha256: str, source: dict, clip: dict, keep: bool
-) -> dict:
-    """Returns a line of the manifest; labels are still names."""
-    start, end = clip.pop("start"), clip.pop("end")
-    where = {"path": entry.path, "member": entry.member, "start": start, "end": end}
-    return {
-        "id": identity, "path": path, "record": record,
-        # A stored piece begins at 0; kept originals hold more than the clip.
-        "start": start if keep else None, "end": end if keep else None,
-        "caption": list(entry.captions), "labels": entry.labels, "sha256": sha256, "media": clip,
-        "source": where | source,
-    }  # fmt: skip
 
 
 # ---- the end ----------------------------------------------------------------------------------------
@@ -359,7 +228,7 @@ def _row(
 def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) -> dict:
     rows, lost, seen = [], [], set()
     for shard in shards:
-        for row in _read_lines(_rows(work, shard)):
+        for row in read_json_lines(rows_of(work, shard)):
             if "reason" in row:
                 lost.append(row)
                 continue
@@ -367,19 +236,19 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
             row["id"] = next(name for name in _names(row["id"]) if name not in seen)
             rows.append(row)
             seen.add(row["id"])
-    classes = _classes([row["labels"] for row in rows]) | {
+    classes = number_classes([row["labels"] for row in rows]) | {
         name: list(names) for name, names in settings.classes.items()
     }
     places = {name: {item: place for place, item in enumerate(names)} for name, names in classes.items()}
     for row in rows:
-        row["labels"] = {name: _index(value, places.get(name)) for name, value in row["labels"].items()}
+        row["labels"] = {name: class_index(value, places.get(name)) for name, value in row["labels"].items()}
     alike = near_duplicates({row["id"]: row["media"].pop("hashes") for row in rows})
     duplicates = [{"id": key, "like": other, "apart": round(apart, 3)} for key, other, apart in alike]
     for name, lines in (("manifest", rows), ("quarantine", lost), ("duplicates", duplicates)):
-        _write(out / f"{name}.jsonl", _lines(lines))
+        write_whole(out / f"{name}.jsonl", json_lines(lines))
     for stray in (*out.glob("*.part"), *(out / "shards").glob("*.part")):  # of builds that were killed
         stray.unlink()
-    _write(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False).encode())
+    write_whole(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False).encode())
     names = ("manifest.jsonl", "quarantine.jsonl", "duplicates.jsonl", "classes.json")
     files = [*(out / name for name in names), *sorted((out / "shards").glob("*.arrayrecord"))]
     told = {
@@ -389,7 +258,7 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
         "duplicates": len(duplicates),
         "files": {str(file.relative_to(out)): _sha256(file) for file in files},
     }
-    _write(out / "build.json", json.dumps(told, indent=1).encode())
+    write_whole(out / "build.json", json.dumps(told, indent=1).encode())
     shutil.rmtree(work)
     return told
 
@@ -398,30 +267,6 @@ def _names(identity: str) -> Iterator[str]:
     """Yields a clip's id and, should it be taken, others."""
     yield identity
     yield from (f"{identity}~{number}" for number in itertools.count(2))
-
-
-def _classes(labels: Iterable[Mapping]) -> dict[str, list[str]]:
-    """Returns label → class names in order; labels that are class indices already have none."""
-    values: dict[str, set] = {}
-    for mine in labels:
-        for name, value in mine.items():
-            values.setdefault(name, set()).update(value if isinstance(value, list) else [value])
-    return {
-        name: sorted(map(str, found), key=_natural)
-        for name, found in sorted(values.items())
-        if not all(type(value) is int for value in found)
-    }
-
-
-def _natural(name: str) -> tuple:
-    """Class 10 comes after class 9."""
-    return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 20 else (1, 0, name)
-
-
-def _index(value, places: Mapping | None):
-    if places is None:
-        return value
-    return [places[str(item)] for item in value] if isinstance(value, list) else places[str(value)]
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmm.data.dataset import Dataset, open_dataset, printable
+from vmm.data.inspection.dataset import Dataset, open_dataset, printable
 from vmm.data.manifest import Row
 from vmm.data.media import DecodeError
 from vmm.data.shards import count_records

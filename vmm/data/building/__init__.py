@@ -1,0 +1,1 @@
+"""A source → shards and a manifest: what vmm data build does."""

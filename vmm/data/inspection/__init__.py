@@ -1,0 +1,1 @@
+"""A built dataset looked at: whole, described, compared, shown."""
