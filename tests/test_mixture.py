@@ -289,3 +289,35 @@ def test_nothing_at_an_address(folder, tmp_path):
     with pytest.raises(UserError, match="missing"):
         batches(mixed(folder, train=str(manifest), labels={}, remote=str(tmp_path / "kept")))
     assert tone_data(folder, "high.jsonl", labels={}).remote == ""
+
+
+# Only what a model takes.
+
+
+def test_what_a_model_does_not_take_is_not_decoded_and_absent(world_folder):
+    from test_loader import WORLD_CLIP, world_data
+
+    rows = read_manifest(world_folder / "train.jsonl")
+    whole = Samples(rows, world_data(world_folder), WORLD_CLIP, RANDOM, 0)
+    for modalities in (("video",), ("audio", "text"), ("text",)):
+        some = Samples(rows, world_data(world_folder), WORLD_CLIP, dataclasses.replace(RANDOM, drop=0.0), 0, modalities)
+        every = Samples(rows, world_data(world_folder), WORLD_CLIP, dataclasses.replace(RANDOM, drop=0.0), 0)
+        for row in range(24):  # some have no sound, some no caption
+            one, two = some(0, 1, row), every(0, 1, row)
+            assert one["failed"] == -1
+            for name in ("video", "audio", "text"):
+                if name in modalities:
+                    assert np.array_equal(one[name], two[name])
+                    assert one["present"][name] == two["present"][name]
+                else:
+                    assert not one["present"][name]
+                    assert not one[name].any()
+    assert whole.modalities == ("video", "audio", "text")
+
+
+def test_a_text_model_opens_no_file(folder):
+    rows = read_manifest(folder / "broken.jsonl")
+    samples = Samples(rows, mixed(folder), CLIP, PLAIN, 0, ("text",))
+    assert [int(samples(0, 0, row)["failed"]) for row in range(4)] == [-1] * 4
+    video = Samples(rows, mixed(folder), CLIP, PLAIN, 0, ("video",))
+    assert [int(video(0, 0, row)["failed"]) for row in range(4)] == [-1, -1, 2, -1]  # a broken file is still one

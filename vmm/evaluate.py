@@ -55,7 +55,7 @@ class Predict:
         parts: dict = {subset: [] for subset in wanted}
         batches = evaluation_batches(
             manifest, experiment.data, experiment.clip, batch=size, host=jax.process_index(), hosts=hosts,
-            views=experiment.evaluation,
+            views=experiment.evaluation, modalities=experiment.modalities,
         )  # fmt: skip
         for batch, rows in batches:
             for subset in wanted:

@@ -92,6 +92,11 @@ class Experiment:
         self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model takes."""
+        return tuple(self.config.trunk["encoders"])
+
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}
         if wrong or not self.mixup.modalities or self.mixup.alpha <= 0:

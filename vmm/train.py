@@ -63,7 +63,7 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         # ---- the data, from that step on ---------------------------------------------------------
         loader = Loader(
             experiment.data, experiment.clip, experiment.augment, seed=c.seed, batch=c.batch, start=start, stop=c.steps,
-            host=jax.process_index(), hosts=jax.process_count(),
+            host=jax.process_index(), hosts=jax.process_count(), modalities=experiment.modalities,
         )  # fmt: skip
         first_process = jax.process_index() == 0
         log = MetricLog(workdir, start, first_process)

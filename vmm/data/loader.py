@@ -20,7 +20,7 @@ from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.order import Order, Part, split_buckets
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
 from vmm.errors import DataBudgetError, UserError
-from vmm.types import Batch
+from vmm.types import MODALITIES, Batch
 
 
 class Bad(NamedTuple):
@@ -68,9 +68,10 @@ class Loader:
 
     def __init__(
         self, data: Data, clip: Clip, augment: Augment, *, seed: int, batch: int, start: int, stop: int,
-        host: int = 0, hosts: int = 1,
+        host: int = 0, hosts: int = 1, modalities: tuple[str, ...] = MODALITIES,
     ):  # fmt: skip
-        """Args: batch: clips of the global batch; start, stop: steps; host of hosts: the slice to read.
+        """Args: batch: clips of the global batch; start, stop: steps; host of hosts: the slice to read; modalities: see
+        Samples.
 
         Raises:
           UserError: the dataset or tokenizer is missing or empty, or labels do not fit.
@@ -80,7 +81,7 @@ class Loader:
             raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
         self.rows, self.budget, self.bad, self.workers = rows, data.budget, {}, data.workers
         local = batch // hosts
-        samples = Samples(rows, data, clip, augment, seed)
+        samples = Samples(rows, data, clip, augment, seed, modalities)
         buckets = [parts]
         if data.buckets:
             seconds = [clip.seconds for clip in bucket_clips(data, clip)]
@@ -201,7 +202,7 @@ def bad_list(bad: Mapping) -> str:
 
 def evaluation_batches(
     manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
-    views: EvaluationViews = EvaluationViews(),
+    views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES,
 ) -> Iterator[tuple[Batch, np.ndarray]]:  # fmt: skip
     """Yields (Batch, row numbers) over every view of every clip of a manifest once, without randomness.
 
@@ -213,7 +214,7 @@ def evaluation_batches(
     _check_labels(rows, data, manifest)
     if batch % hosts:
         raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
-    samples = Samples(rows, data, clip, None, 0)
+    samples = Samples(rows, data, clip, None, 0, modalities)
     samples.clips = [clip]
     local = batch // hosts
     steps = -(-len(rows) * views.clips * views.crops // batch)

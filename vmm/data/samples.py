@@ -12,6 +12,7 @@ import numpy as np
 from vmm.data import media, text
 from vmm.data.manifest import Row
 from vmm.errors import DataBudgetError, UserError
+from vmm.types import MODALITIES
 
 _ATTEMPTS = 16  # substitutes tried for a bad file before the loader gives up
 _BLOCK = 1 << 31
@@ -153,9 +154,16 @@ class _Cache:
 
 
 class Samples:
-    """Row and randomness → one sample, as a dict of NumPy arrays. Shared by training and evaluation."""
+    """Row and randomness → one sample, as a dict of NumPy arrays. Shared by training and evaluation.
 
-    def __init__(self, rows: list[Row], data: Data, clip: Clip, augment: Augment | None, seed: int):
+    modalities: those a model takes; others are not decoded, and are absent.
+    """
+
+    def __init__(
+        self, rows: list[Row], data: Data, clip: Clip, augment: Augment | None, seed: int,
+        modalities: tuple[str, ...] = MODALITIES,
+    ):  # fmt: skip
+        self.modalities = modalities
         self.rows, self.clips, self.augment, self.seed = rows, bucket_clips(data, clip), augment, seed
         self.labels = dict(data.labels)
         self.remote = data.remote
@@ -219,15 +227,7 @@ class Samples:
         key = None if drawn else (number, clip.seconds)
         decoded = self.cache.get(key) if key is not None else None
         if decoded is None:
-            decoded = media.decode(
-                row.read(self.remote),
-                pick=window,
-                seconds=clip.seconds,
-                frames=clip.frames,
-                size=clip.size,
-                sample_rate=clip.sample_rate,
-                crop=crop,
-            )
+            decoded = self._decode(row, window, clip, crop)
             if key is not None and window.only:
                 self.cache.put(key, decoded)
         caption = ""
@@ -238,6 +238,7 @@ class Samples:
             "audio": decoded.audio is not None,
             "text": bool(caption),
         }
+        present = {name: there and name in self.modalities for name, there in present.items()}
         if augment and augment.drop:
             present = _withhold(present, augment.drop, rng)
         ids = np.zeros(clip.text_length, np.int32)
@@ -252,6 +253,20 @@ class Samples:
             "labels": {name: np.int32(row.labels.get(name, -1)) for name in self.labels},
             "row": np.int32(number),
         }
+
+    def _decode(self, row: Row, window: "_Window", clip: Clip, crop: media.Crop) -> media.Media:
+        want = tuple(name for name in ("video", "audio") if name in self.modalities)
+        if not want:
+            return media.Media(None, None)
+        try:
+            return media.decode(
+                row.read(self.remote), pick=window, seconds=clip.seconds, frames=clip.frames, size=clip.size,
+                sample_rate=clip.sample_rate, crop=crop, want=want,
+            )  # fmt: skip
+        except media.DecodeError as error:
+            if error.reason == "no frames" and len(want) == 1:
+                return media.Media(None, None)  # the file has no such stream: absent, not bad
+            raise
 
 
 class _Window:
