@@ -96,3 +96,13 @@ def test_train_through_the_command_and_overrides_after_flags(world_folder, tmp_p
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "clips/s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    code = "import sys; from vmm.__main__ import main; sys.exit(main(['data', 'sources']))"
+    run = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run.stdout.readline()
+    run.stdout.close()
+    assert (run.wait(60), run.stderr.read()) == (0, "")

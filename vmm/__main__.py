@@ -100,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Preempted as stop:
         print(f"vmm: {stop}", file=sys.stderr)
         return stop.code
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("vmm: stopped", file=sys.stderr)
         return 130

@@ -27,6 +27,8 @@ _MAX_PIXELS = 8192 * 8192
 LONGEST = 1e7  # seconds; a duration above this (116 days) is a broken header
 _LANDS_LATE = 10.0  # seconds by which a seek may miss in a container without an index
 _PLANES = ("yuv420p", "yuvj420p")  # formats of which a part is cut without arithmetic
+# A title in another encoding is no reason to lose the clip; PyAV 19 takes it as it is.
+_TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _PREROLL = 0.25  # seconds of sound decoded before the window, for codecs with overlap
 
 
@@ -163,7 +165,7 @@ class opened:
             self.container = av.open(
                 self.file,
                 options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
-                metadata_errors="replace",  # a title in another encoding is no reason to lose the clip
+                **_TITLES,
             )
         except BaseException:
             self._close_file()
