@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -793,3 +795,25 @@ def test_a_tokenizer_without_start_or_end_is_refused(tmp_path, lacking):
     tokens = [token for token in ("<pad>", "<unk>", "<s>", "</s>", "a") if token != lacking]
     with pytest.raises(UserError, match=lacking):
         text.load_tokenizer(save_vocabulary(tmp_path / "t.json", *tokens))
+
+
+def test_a_loader_left_in_the_middle_leaves_nothing_behind(tones, tmp_path):
+    # Batches of worker processes lie in shared memory; what is not freed is said at the end of the program.
+    script = tmp_path / "leave.py"
+    script.write_text(f"""if __name__ == "__main__":
+    from vmm.data.loader import Loader
+    from vmm.data.samples import Augment, Clip, Data
+    data = Data({str(tones / "all.jsonl")!r}, {str(tones / "tokenizer.json")!r}, workers=2, threads=1)
+    loader = Loader(data, Clip(seconds=0.1, frames=1, size=8), Augment(), seed=0, batch=4, start=0, stop=40)
+    batches = iter(loader)
+    for _ in range(3):
+        batch = next(batches)
+    loader.close()
+    print("closed")
+""")
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert run.stdout == "closed\n", run.stderr
+    assert "leaked" not in run.stderr
+    assert "Traceback" not in run.stderr

@@ -106,10 +106,14 @@ class Loader:
         self.iterator = iter(iterable)
 
     def __iter__(self) -> Iterator[Batch]:
-        for sample in self.iterator:
+        # Not `for`, which would hold Grain's iterator for as long as this generator lives: close() must end it.
+        while (sample := next(self.iterator, None)) is not None:
             self._account(sample["failed"], sample["reason"])
-            # What a worker process gives lies in shared memory, which must be free when it ends.
-            yield to_batch(_copied(sample) if self.workers else sample)
+            # What a worker process gives lies in shared memory, which must be free when it ends: also while
+            # whoever iterates holds this generator.
+            batch = to_batch(_copied(sample) if self.workers else sample)
+            del sample
+            yield batch
 
     def _account(self, failed: np.ndarray, reason: np.ndarray) -> None:
         for row, why in zip(failed.tolist(), reason.tolist()):
