@@ -51,8 +51,9 @@ class Stored:
                     self.times.append(float(frame.time))
                     if frame.key_frame:
                         self.keys.append(len(self.pictures) - 1)
-            if heard:
-                container.seek(0)
+        if heard:  # opened again: a seek may lose a block
+            with av.open(io.BytesIO(data)) as container:
+                heard = container.streams.audio[0]
                 self.rate, self.sound_codec = heard.rate, heard.codec_context.name
                 frames = list(container.decode(heard))
                 self.late = float(frames[0].time)
@@ -758,7 +759,7 @@ def test_a_span_outside(tmp_path):
 
 
 def test_a_stream_that_shows_up_in_the_middle(tmp_path):
-    """FLV may bring a new stream at any time; PyAV has no place for its packets."""
+    """FLV may bring a new stream at any time; PyAV 18 has no place for its packets."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 160, 240, 3), np.uint8)
     path = write(tmp_path / "a.flv", [noise[i % 20] for i in range(120)], options={"crf": "1", "preset": "ultrafast"})
     content = path.read_bytes()
@@ -770,8 +771,6 @@ def test_a_stream_that_shows_up_in_the_middle(tmp_path):
         place += 11 + int.from_bytes(content[place + 1 : place + 4], "big") + 4
     middle = tags[115]
     path.write_bytes(content[:middle] + tag + len(tag).to_bytes(4, "big") + content[middle:])
-    with av.open(str(path)) as container, pytest.raises(IndexError):
-        list(container.demux(video=0))
     assert one(path)[0]["frames"] == 120
     got = media.decode(str(path), pick=lambda _: 0.0, seconds=2.0, frames=4, size=32, sample_rate=RATE)
     assert got.video is not None
