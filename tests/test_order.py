@@ -89,8 +89,7 @@ def test_a_batch_is_of_one_bucket_and_buckets_get_their_share_of_steps():
 
 
 def test_any_step_can_be_computed_alone():
-    make = lambda: Order([[part(0, 9, 2.0), part(9, 5)], [part(14, 3)]], 6, seed=8)  # noqa: E731
-    straight = [place[:3] for place in walk(make(), 30)]
-    backwards = make()
+    straight, backwards = (Order([[part(0, 9, 2.0), part(9, 5)], [part(14, 3)]], 6, seed=8) for _ in range(2))
+    straight = [place[:3] for place in walk(straight, 30)]
     alone = {(step, place): backwards(step, place)[:3] for step in reversed(range(30)) for place in range(6)}
     assert [alone[step, place] for step in range(30) for place in range(6)] == straight

@@ -8,7 +8,7 @@ into one `DecodeError` with a reason.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -214,24 +214,34 @@ def frames_from(container, stream, start: float, pixels: int = _MAX_PIXELS):
     pixels: largest frame.
     """
     seek(container, stream, start, pixels)
-    clock, some = Clock(container, stream), False
-    packets = container.demux(stream)
+    some = False
+    for frames, error in decoded(container, stream):
+        if error:
+            # Many broken files fail only at their end: what decoded before is good.
+            if not some:
+                raise error
+            break
+        for frame, time in frames:
+            if time is not None:
+                some = True
+                yield frame, time
+
+
+def decoded(container, stream) -> Iterator[tuple[list, Exception | None]]:
+    """Yields what each packet gives, from the container's present place on: ([(frame, seconds or None), …], None), or
+    ([], what went wrong)."""
+    clock, packets = Clock(container, stream), container.demux(stream)
     while True:
         try:
             packet = next(packets, None)
             if packet is None:
-                break
+                return
             clock.feed(packet)
-            for frame in packet.decode():
-                time = clock.time(frame)
-                if time is not None:
-                    some = True
-                    yield frame, time
-        except (av.FFmpegError, ValueError, EOFError, IndexError):
-            # Many broken files fail only at their end: what decoded before is good.
-            if not some:
-                raise
-            break
+            frames = packet.decode()
+        except (av.FFmpegError, ValueError, EOFError, IndexError) as error:
+            yield [], error
+        else:
+            yield [(frame, clock.time(frame)) for frame in frames], None
 
 
 class Clock:

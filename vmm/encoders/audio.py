@@ -8,23 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from vmm.errors import UserError
 from vmm.layers import Dense, Positions, Stack, select
+from vmm.mel import mel_filters
 from vmm.types import Patches, Tokens
-
-
-def mel_filters(bins: int, transform: int, sample_rate: int) -> np.ndarray:
-    """Returns triangular mel filters float32 [transform // 2 + 1, M], HTK scale, 20 Hz to Nyquist.
-
-    mel(f) = 1127 ln(1 + f / 700); filter m rises from edge m to m+1 and falls to m+2.
-    """
-
-    def mel(hertz):
-        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
-
-    edges = np.linspace(mel(20.0), mel(sample_rate / 2), bins + 2)
-    place = mel(np.arange(transform // 2 + 1) * sample_rate / transform)[:, None]
-    rise = (place - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - place) / (edges[2:] - edges[1:-1])
-    return np.maximum(0.0, np.minimum(rise, fall)).astype(np.float32)
 
 
 def log_mel(wave: Float[Array, "B S"], bins: int, window: int, hop: int, sample_rate: int) -> Float[Array, "B F M"]:

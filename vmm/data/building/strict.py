@@ -79,23 +79,13 @@ def strict_frames(container, stream, start: float, pixels: int = 0) -> Iterator[
 def _frames(container, stream, start: float, pixels: int) -> Iterator[tuple]:
     # The decoder counts memory, with margins; the picture itself is measured below.
     media.seek(container, stream, start, pixels and 2 * pixels + _MARGIN, {"err_detect": "explode"})
-    clock = media.Clock(container, stream)
-    packets = container.demux(stream)
     last, failed = None, None
-    while True:
-        try:
-            packet = next(packets, None)
-            if packet is None:
-                break
-            clock.feed(packet)
-            decoded = packet.decode()
-        except (av.FFmpegError, ValueError, EOFError, IndexError) as error:
+    for frames, error in media.decoded(container, stream):
+        if error:
             if last is None:
-                raise
+                raise error
             failed = failed or f"after {last:.3f} s: {_words(error)}"
-            continue
-        for frame in decoded:
-            time = clock.time(frame)
+        for frame, time in frames:
             if time is None:
                 raise DecodeError("damaged", "a frame without a time")
             if failed:

@@ -16,6 +16,7 @@ from matplotlib.image import imsave
 from vmm.data import media
 from vmm.data.manifest import Row
 from vmm.data.sandbox import Answer
+from vmm.mel import mel_filters
 
 FRAMES = 6  # of a contact sheet
 LONGEST = 60.0  # seconds of a clip that are drawn
@@ -157,22 +158,11 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     frames = max(1, len(wave) // _HOP)
     wave = np.pad(wave, (0, max(0, (frames - 1) * _HOP + _WINDOW - len(wave))))
     transform = 1 << (_WINDOW - 1).bit_length()
-    filters = _filters(transform)
+    filters = mel_filters(_BINS, transform, RATE)
     hann = np.hanning(_WINDOW + 1)[:-1].astype(np.float32)
     pieces = np.lib.stride_tricks.sliding_window_view(wave, _WINDOW)[::_HOP][:frames]
     power = np.abs(np.fft.rfft(pieces * hann, n=transform)) ** 2
     return np.log(np.maximum(power @ filters, 1e-6)).astype(np.float32)
-
-
-def _filters(transform: int) -> np.ndarray:
-    def mel(hertz):
-        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
-
-    edges = np.linspace(mel(20.0), mel(RATE / 2), _BINS + 2)
-    place = mel(np.arange(transform // 2 + 1) * RATE / transform)[:, None]
-    rise = (place - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - place) / (edges[2:] - edges[1:-1])
-    return np.maximum(0.0, np.minimum(rise, fall))
 
 
 def _image(pixels: np.ndarray, kind: str, cmap: str | None = None, vmin=None, vmax=None, origin="upper", pil_kwargs=None) -> bytes:  # fmt: skip
