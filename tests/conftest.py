@@ -32,7 +32,16 @@ WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
 
 
 # Longest first, so that parallel workers end together.
-SLOW = ["test_train.py", "test_sharding.py", "test_ablate.py", "test_publish.py", "test_contracts.py", "test_loader.py"]
+SLOW = [
+    "test_train.py",
+    "test_sharding.py",
+    "test_ablate.py",
+    "test_publish.py",
+    "test_fusion.py",
+    "test_objectives.py",
+    "test_encoders.py",
+    "test_loader.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -273,7 +273,7 @@ def test_positions_follow_the_place_in_the_full_grid(kind: str):
     params = parameters(module, x, at, (2, 3))
     added = module.apply({"params": params}, x, at, (2, 3)) - x
     table = {"sincos": layers.sincos((2, 3), D), "none": np.zeros((6, D))}.get(kind)
-    table = np.asarray(params["table"]) if table is None else table
+    table = np.asarray(params["table"]).reshape(6, D) if table is None else table
     np.testing.assert_allclose(added, table[np.asarray(at)], atol=1e-6)
     assert (kind == "learned") == bool(params)
 

@@ -1,6 +1,6 @@
 """Encoders: one modality's array → Patches → Tokens.
 
-Contract, held for every entry by tests/test_contracts.py:
+Contract, held for every entry by tests/test_encoders.py:
 
     patches(array) → Patches          cut into tokens; no parameters
     __call__(patches, keep) → Tokens  keep: int32 [B K], the tokens that are encoded; None: all

@@ -1,5 +1,8 @@
 """Waveform [B S] → log-mel on the device → patches → tokens (AST, Gong et al. 2021)."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vmm.errors import UserError
-from vmm.layers import Dense, Positions, Stack, select
+from vmm.layers import Dense, LayerNorm, Positions, Stack, prepend, rotary, select, vector
 from vmm.mel import mel_filters
 from vmm.types import Patches, Tokens
 
@@ -47,6 +50,10 @@ class AudioEncoder(nn.Module):
     mean: float = -5.0
     deviation: float = 4.5
     positions: str = "sincos"
+    registers: int = 0
+    norm_embedding: bool = False
+    final_norm: bool = True
+    block: Mapping = dataclasses.field(default_factory=dict)
     scan: bool = False
     remat: bool = False
     dtype: str = "float32"
@@ -74,5 +81,12 @@ class AudioEncoder(nn.Module):
         values, valid, at = select(patches, keep)
         x = Dense((self.width,), (None, "embed"), name="embed")(values.astype(self.dtype))
         x = Positions(self.positions, name="positions")(x, at, patches.grid)
-        x = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, name="stack")(x, valid)
-        return Tokens(x, valid, at)
+        if self.registers:
+            x, valid, at = prepend(vector(self, "registers", (self.registers, self.width)), x, valid, at)
+        if self.norm_embedding:
+            x = LayerNorm(self.block.get("epsilon", 1e-6), name="norm_embedding")(x)
+        turn = rotary(self.positions, at, patches.grid, self.width // self.heads)
+        stack = Stack(
+            self.depth, self.heads, self.ratio, self.scan, self.remat, self.block, self.final_norm, name="stack"
+        )
+        return Tokens(stack(x, valid, rotary=turn), valid, at)

@@ -1,6 +1,6 @@
 """Fusions: Streams → Streams, every key and token count kept.
 
-Contract, held for every entry by tests/test_contracts.py: any set of modalities; the output of each
+Contract, held for every entry by tests/test_fusion.py: any set of modalities; the output of each
 stream has the fusion's width; a token that is not valid (padding, or a stream that the sample
 lacks) changes no output of any valid token.
 """

@@ -1,10 +1,13 @@
 """Bottleneck fusion: streams exchange only through a few shared tokens (MBT, Nagrani et al. 2021, eq. 8-9)."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vmm.fusion.enter import Enter, Leave
-from vmm.layers import Block, Repeat, vector
+from vmm.layers import Repeat, make_block, vector
 from vmm.types import Streams
 
 
@@ -17,6 +20,7 @@ class BottleneckLayer(nn.Module):
 
     heads: int
     ratio: float = 4.0
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, carry, constants):
@@ -25,7 +29,7 @@ class BottleneckLayer(nn.Module):
         mixed, written, weights = {}, [], []
         for name, x in streams.items():
             valid = jnp.pad(constants[name], ((0, 0), (0, count)), constant_values=True)
-            y = Block(self.heads, self.ratio, name=name)(jnp.concatenate([x, z], axis=1), valid)
+            y = make_block(self.heads, self.ratio, self.block, name)(jnp.concatenate([x, z], axis=1), valid)
             mixed[name] = y[:, :-count]
             written.append(y[:, -count:])
             weights.append(constants[name].any(1))
@@ -47,6 +51,7 @@ class Bottleneck(nn.Module):
     ratio: float = 4.0
     scan: bool = False
     remat: bool = False
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -54,9 +59,11 @@ class Bottleneck(nn.Module):
         first = next(iter(streams.values())).x
         z = vector(self, "bottleneck", (self.bottlenecks, self.width)).astype(first.dtype)
         z = jnp.broadcast_to(z, (first.shape[0], *z.shape))
-        fields = dict(heads=self.heads, ratio=self.ratio)
+        fields = dict(heads=self.heads, ratio=self.ratio, block=self.block)
         x, _ = Repeat(BottleneckLayer, fields, self.depth, self.scan, self.remat, name="blocks")(
             ({name: tokens.x for name, tokens in streams.items()}, z),
             {name: tokens.valid for name, tokens in streams.items()},
         )
-        return Leave(name="leave")({name: tokens._replace(x=x[name]) for name, tokens in streams.items()})
+        return Leave(self.block.get("epsilon", 1e-6), name="leave")(
+            {name: tokens._replace(x=x[name]) for name, tokens in streams.items()}
+        )

@@ -5,11 +5,14 @@ Computing every token in every stream's block and throwing the others' away, as 
 costs about twice as much.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vmm.fusion.enter import Enter, Leave
-from vmm.layers import Block, Repeat
+from vmm.layers import Repeat, make_block
 from vmm.types import Streams
 
 
@@ -18,6 +21,7 @@ class CrossLayer(nn.Module):
 
     heads: int
     ratio: float = 4.0
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, carry, constants):
@@ -28,7 +32,7 @@ class CrossLayer(nn.Module):
             if others:
                 context = jnp.concatenate([carry[other] for other in others], axis=1)
                 valid = jnp.concatenate([constants[other] for other in others], axis=1)
-            mixed[name] = Block(self.heads, self.ratio, name=name)(x, constants[name], context, valid)
+            mixed[name] = make_block(self.heads, self.ratio, self.block, name)(x, constants[name], context, valid)
         return mixed
 
 
@@ -44,13 +48,16 @@ class Cross(nn.Module):
     ratio: float = 4.0
     scan: bool = False
     remat: bool = False
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         streams = Enter(self.width, name="enter")(streams)
-        fields = dict(heads=self.heads, ratio=self.ratio)
+        fields = dict(heads=self.heads, ratio=self.ratio, block=self.block)
         x = Repeat(CrossLayer, fields, self.depth, self.scan, self.remat, name="blocks")(
             {name: tokens.x for name, tokens in streams.items()},
             {name: tokens.valid for name, tokens in streams.items()},
         )
-        return Leave(name="leave")({name: tokens._replace(x=x[name]) for name, tokens in streams.items()})
+        return Leave(self.block.get("epsilon", 1e-6), name="leave")(
+            {name: tokens._replace(x=x[name]) for name, tokens in streams.items()}
+        )

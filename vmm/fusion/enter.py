@@ -26,9 +26,14 @@ class Enter(nn.Module):
 class Leave(nn.Module):
     """A final norm for each stream."""
 
+    epsilon: float = 1e-6
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        return {name: tokens._replace(x=LayerNorm(name=f"norm_{name}")(tokens.x)) for name, tokens in streams.items()}
+        return {
+            name: tokens._replace(x=LayerNorm(self.epsilon, name=f"norm_{name}")(tokens.x))
+            for name, tokens in streams.items()
+        }
 
 
 def join(streams: Streams) -> tuple:

@@ -1,5 +1,8 @@
 """Joint fusion: one Transformer over the tokens of all streams in a row ("vanilla" fusion of MBT, Nagrani et al. 2021)."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 
 from vmm.fusion.enter import Enter, join, part
@@ -16,9 +19,11 @@ class Joint(nn.Module):
     ratio: float = 4.0
     scan: bool = False
     remat: bool = False
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         streams = Enter(self.width, name="enter")(streams)
         x, valid = join(streams)
-        return part(streams, Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, name="stack")(x, valid))
+        stack = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, self.block, name="stack")
+        return part(streams, stack(x, valid))

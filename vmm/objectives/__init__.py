@@ -1,6 +1,6 @@
 """Objectives: what a view's outputs are trained for. Each is a Module that owns its heads.
 
-Contract, held for every entry by tests/test_contracts.py:
+Contract, held for every entry by tests/test_objectives.py:
 
     features(outputs, batch) → tree of [B ...]     per sample, where the arithmetic is
     loss(features) → (scalar, {name: scalar})      over the whole global batch

@@ -5,6 +5,9 @@ Audio-MAE, Huang et al. 2022); text tokens are classified. Hidden tokens are nev
 enter only here, as a learned vector and a position, in a small decoder.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -21,6 +24,8 @@ class Decoder(nn.Module):
     width: int
     depth: int
     heads: int
+    positions: str = "sincos"
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, shown: Tokens, hidden, hidden_valid, grid: tuple):
@@ -29,8 +34,8 @@ class Decoder(nn.Module):
         x = jnp.concatenate([x, jnp.broadcast_to(blank, (*hidden.shape, self.width))], axis=1)
         at = jnp.concatenate([shown.at, hidden], axis=1)
         valid = jnp.concatenate([shown.valid, hidden_valid], axis=1)
-        x = Positions(name="positions")(x, at, grid)
-        x = Stack(self.depth, self.heads, name="stack")(x, valid)[:, shown.x.shape[1] :]
+        x = Positions(self.positions, name="positions")(x, at, grid)
+        x = Stack(self.depth, self.heads, block=self.block, name="stack")(x, valid)[:, shown.x.shape[1] :]
         return Dense((self.outputs,), ("embed", None), name="head")(x.astype(jnp.float32))
 
 
@@ -40,6 +45,7 @@ class Masked(nn.Module):
     view, weight: see Recipe; the view must hide tokens of every modality named here.
     modalities: streams to predict. width, depth, heads: of each stream's decoder. standardise: targets
     are each patch with mean 0 and variance 1 (better features on natural images; on flat ones it is noise).
+    positions: of the decoder, see layers.Positions. block: further fields of layers.Block.
     """
 
     view: str = "masked"
@@ -49,6 +55,8 @@ class Masked(nn.Module):
     depth: int = 2
     heads: int = 4
     standardise: bool = True
+    positions: str = "sincos"
+    block: Mapping = dataclasses.field(default_factory=dict)
 
     needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -64,7 +72,7 @@ class Masked(nn.Module):
                 )
             patches, hidden = outputs.patches[name], outputs.masks[name].hidden
             size = patches.classes or patches.values.shape[-1]
-            decoder = Decoder(size, self.width, self.depth, self.heads, name=name)
+            decoder = Decoder(size, self.width, self.depth, self.heads, self.positions, self.block, name=name)
             predictions[name] = decoder(outputs.fused[name], hidden, gather(patches.valid, hidden), patches.grid)
         return predictions
 

@@ -1,0 +1,80 @@
+"""Scaled dot-product attention, and multi-head attention made of it."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vmm.errors import UserError
+from vmm.layers.dense import Dense
+
+
+def attention(
+    query: Float[Array, "B Q A d"],
+    key: Float[Array, "B K A d"],
+    value: Float[Array, "B K A d"],
+    valid: Bool[Array, "B K"],
+    mask: Bool[Array, "... Q K"] | None = None,
+    cap: float = 0.0,
+) -> Float[Array, "B Q A d"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) over the valid keys that the mask allows.
+
+    mask: broadcast to [B A Q K], True where a query may see a key; None: everywhere. cap: logits l become
+    cap · tanh(l / cap) (Gemma 2, 2024), 0: as they are. A query that may see no valid key gets zeros. Softmax in
+    float32. FLOPs forward: 4 Q K A d a sample.
+    """
+    logits = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(query.shape[-1])
+    if cap:
+        logits = cap * jnp.tanh(logits / cap)
+    allowed = valid[:, None, None, :] if mask is None else valid[:, None, None, :] & mask
+    weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1) * allowed.any(-1, keepdims=True)
+    return jnp.einsum("baqk,bkad->bqad", weights.astype(value.dtype), value)
+
+
+def rotate(x: Float[Array, "B N A d"], table: tuple) -> Float[Array, "B N A d"]:
+    """Turns each pair of neighbouring values by its token's angle (RoFormer, Su et al. 2021, eq. 34).
+
+    table: (cos, sin), each float32 [B N d], from positions.rotary.
+    """
+    cos, sin = (part[:, :, None, :] for part in table)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return (x * cos + turned * sin).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [B Q D] over a context [B K D] (x itself when None).
+
+    cap: see attention. The call's mask is broadcast to [B A Q K]; rotary turns queries and keys of x, and asks for
+    no context.
+    """
+
+    heads: int
+    cap: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        context: Float[Array, "B K C"] | None,
+        valid: Bool[Array, "B K"],
+        mask: Bool[Array, "... Q K"] | None = None,
+        rotary: tuple | None = None,
+    ) -> Float[Array, "B Q D"]:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UserError(f"width {width} does not divide over {self.heads} heads; choose a multiple")
+        split = (self.heads, width // self.heads)
+        axes = ("embed", "heads", "head_dim")
+        source = x if context is None else context
+        query = Dense(split, axes, name="query")(x)
+        key = Dense(split, axes, name="key")(source)
+        value = Dense(split, axes, name="value")(source)
+        if rotary is not None:
+            assert context is None or context is x, "rotary positions are of x alone"
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        mixed = attention(query, key, value, valid, mask, self.cap)
+        return Dense((width,), ("heads", "head_dim", "embed"), inputs=2, name="out")(mixed)

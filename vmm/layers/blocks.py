@@ -1,0 +1,159 @@
+"""Attention and MLP as a Transformer block; a block, depth times."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vmm.build import make
+from vmm.errors import UserError, one_of
+from vmm.layers.attention import Attention
+from vmm.layers.dense import Dense, LayerNorm
+from vmm.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+    "relu": nn.relu,
+}
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron; hidden = ratio * D. activation: one of ACTIVATIONS (GELU: Hendrycks & Gimpel 2016)."""
+
+    ratio: float = 4.0
+    activation: str = "gelu_tanh"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"block.activation: unknown {self.activation!r}; {one_of(self.activation, ACTIVATIONS)}")
+        hidden = ACTIVATIONS[self.activation](Dense((round(width * self.ratio),), ("embed", "mlp"), name="up")(x))
+        return Dense((width,), ("mlp", "embed"), name="down")(hidden)
+
+
+class Block(nn.Module):
+    """Transformer block. Queries and MLP are for x; keys are x and, if given, a context.
+
+    norm: "pre", of what goes into attention and MLP, or "post", of what comes out (Vaswani et al. 2017; BERT).
+    activation: of the MLP. epsilon: of the norms. cap: of attention's logits, 0: none. The call's mask is broadcast
+    to [B A Q K], rotary from positions.rotary.
+
+    FLOPs forward a sample: Q (8 D² + 4 r D²) + K 4 D² − Q 4 D² + 4 Q K D for Q tokens of x and
+    K keys in all (r the MLP ratio): 24 N D² + 4 N² D where they are the same N and r = 4.
+    """
+
+    heads: int
+    ratio: float = 4.0
+    norm: str = "pre"
+    activation: str = "gelu_tanh"
+    epsilon: float = 1e-6
+    cap: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        valid: Bool[Array, "B Q"],
+        context: Float[Array, "B C D"] | None = None,
+        context_valid: Bool[Array, "B C"] | None = None,
+        mask: Bool[Array, "... Q K"] | None = None,
+        rotary: tuple | None = None,
+    ) -> Float[Array, "B Q D"]:
+        if self.norm not in ("pre", "post"):
+            raise UserError(f"block.norm: unknown {self.norm!r}; known: post, pre")
+        pre = self.norm == "pre"
+        norm_attention = LayerNorm(self.epsilon, name="norm_attention")
+        norm_mlp = LayerNorm(self.epsilon, name="norm_mlp")
+        attention = Attention(self.heads, self.cap, name="attention")
+        query = norm_attention(x) if pre else x
+        keys, keys_valid = None, valid
+        if context is not None:
+            keys = jnp.concatenate([query, norm_attention(context) if pre else context], axis=1)
+            keys_valid = jnp.concatenate([valid, context_valid], axis=1)
+        mlp = Mlp(self.ratio, self.activation, name="mlp")
+        if pre:
+            x = x + attention(query, keys, keys_valid, mask, rotary)
+            x = x + mlp(norm_mlp(x))
+        else:
+            x = norm_attention(x + attention(query, keys, keys_valid, mask, rotary))
+            x = norm_mlp(x + mlp(x))
+        return constrain(x, "batch", "tokens", None)
+
+
+def make_block(heads: int, ratio: float, spec: Mapping, name: str) -> Block:
+    """Returns a Block of a config's `block` group. Raises UserError for a key that Block has not."""
+    return make(Block, spec, "block", heads=heads, ratio=ratio, name=name)
+
+
+class Repeat(nn.Module):
+    """A layer, depth times: carry → carry, with constants that every layer reads.
+
+    layer: a Module class with __call__(carry, constants) → carry. fields: its fields.
+    scan: one compiled layer over stacked parameters (axis "layers"): compile time does not grow
+    with depth. remat: activations inside a layer are computed again for the gradient.
+    """
+
+    layer: type[nn.Module]
+    fields: Mapping
+    depth: int
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, carry, constants):
+        layer = nn.remat(self.layer, prevent_cse=not self.scan) if self.remat else self.layer
+        if not self.scan or self.depth == 0:
+            for i in range(self.depth):
+                carry = layer(**self.fields, name=f"layer_{i}")(carry, constants)
+            return carry
+        scanned = nn.scan(
+            lambda module, carry, constants: (module(carry, constants), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(layer(**self.fields, name="layers"), carry, constants)[0]
+
+
+class BlockLayer(nn.Module):
+    """A Block as a layer of Repeat: the carry is x [B N D], the constants its validity [B N], mask and rotary."""
+
+    heads: int
+    ratio: float = 4.0
+    block: Mapping = dataclasses.field(default_factory=dict)
+
+    @nn.compact
+    def __call__(self, carry, constants):
+        valid, mask, rotary = constants
+        return make_block(self.heads, self.ratio, self.block, "block")(carry, valid, mask=mask, rotary=rotary)
+
+
+class Stack(nn.Module):
+    """Blocks of self-attention and a final norm: x [B N D], valid [B N] → [B N D].
+
+    block: further fields of Block. final_norm: False where the last block norms already (post-norm).
+    """
+
+    depth: int
+    heads: int
+    ratio: float = 4.0
+    scan: bool = False
+    remat: bool = False
+    block: Mapping = dataclasses.field(default_factory=dict)
+    final_norm: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"], mask=None, rotary=None
+    ) -> Float[Array, "B N D"]:
+        fields = dict(heads=self.heads, ratio=self.ratio, block=self.block)
+        x = Repeat(BlockLayer, fields, self.depth, self.scan, self.remat, name="blocks")(x, (valid, mask, rotary))
+        return LayerNorm(self.block.get("epsilon", 1e-6), name="norm")(x) if self.final_norm else x

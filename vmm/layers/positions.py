@@ -1,0 +1,126 @@
+"""Where a token is: vectors that are added to tokens, or angles that attention turns its queries and keys by.
+
+A register has no place: its `at` is below 0, its vector zero, its angle zero.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vmm.errors import UserError, one_of
+from vmm.sharding import named
+
+ADDED = ("sincos", "sincos_flat", "learned", "factorised")
+ROTARY = ("rotary", "rotary_vjepa2")
+KINDS = ("none", *ADDED, *ROTARY)
+
+
+def sincos(grid: Sequence[int], width: int) -> np.ndarray:
+    """Returns fixed positions float32 [N D] over an n-dimensional grid.
+
+    Each axis has an even share of the width, half sines and half cosines of wavelengths from 2π to
+    10,000 · 2π (Vaswani et al. 2017, sec. 3.5, one axis after the other); what is left is zero.
+    """
+    share = width // len(grid) // 2 * 2
+    table = np.zeros((*grid, width), np.float64)
+    for axis, size in enumerate(grid):
+        rates = 10000.0 ** (-np.arange(share // 2) / max(1, share // 2))
+        angles = np.arange(size)[:, None] * rates
+        values = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+        shape = [1] * len(grid) + [share]
+        shape[axis] = size
+        table[..., axis * share : (axis + 1) * share] = values.reshape(shape)
+    return table.reshape(-1, width).astype(np.float32)
+
+
+def sincos_flat(grid: Sequence[int], width: int) -> np.ndarray:
+    """Returns fixed positions float32 [N D] over the tokens in a row, sines and cosines in turn.
+
+    Vaswani et al. 2017, sec. 3.5; VideoMAE (Tong et al. 2022) counts the tubelets of a clip so.
+    """
+    pair = np.arange(width) // 2 * 2
+    angles = np.arange(math.prod(grid))[:, None] / 10000.0 ** (pair / width)
+    return np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)).astype(np.float32)
+
+
+def resize(table: Float[Array, "*G D"], grid: Sequence[int]) -> Float[Array, "*H D"]:
+    """Returns a learned table over another grid: cut where it is text (one axis), else by cubic interpolation.
+
+    Raises:
+      UserError: a text is longer than the table.
+    """
+    had = table.shape[:-1]
+    if tuple(had) == tuple(grid):
+        return table
+    if len(had) == 1:
+        if grid[0] > had[0]:
+            raise UserError(f"positions: {grid[0]} tokens, but the learned table has {had[0]}; shorten the text")
+        return table[: grid[0]]
+    return jax.image.resize(table, (*grid, table.shape[-1]), "cubic", antialias=False)
+
+
+class Positions(nn.Module):
+    """Adds each token's place in the full grid.
+
+    kind: "sincos" (an axis after the other) and "sincos_flat" are fixed; "learned" is a table over the grid, resized
+    where another grid comes than it was made for; "factorised" is the sum of two learned tables, of the first axis
+    and of the others (ViViT; TimeSformer, Bertasius et al. 2021); "none" and the rotary kinds add nothing.
+    """
+
+    kind: str = "sincos"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], at: Int[Array, "B N"], grid: tuple) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        if self.kind not in KINDS:
+            raise UserError(f"positions: unknown kind {self.kind!r}; {one_of(self.kind, KINDS)}")
+        if self.kind not in ADDED:
+            return x
+        if self.kind == "sincos":
+            table = jnp.asarray(sincos(grid, width))
+        elif self.kind == "sincos_flat":
+            table = jnp.asarray(sincos_flat(grid, width))
+        elif self.kind == "learned":
+            table = self._table("table", grid, width)
+        else:
+            first, rest = self._table("first", grid[:1], width), self._table("rest", grid[1:], width)
+            table = first.reshape(-1, *(1,) * (len(grid) - 1), width) + rest
+        table = table.reshape(-1, width)
+        return x + jnp.where(at[..., None] >= 0, table[at], 0).astype(x.dtype)
+
+    def _table(self, name: str, grid: tuple, width: int):
+        if self.has_variable("params", name):
+            return resize(self.get_variable("params", name), grid)
+        init = named(nn.initializers.normal(0.02), ("tokens", *(None,) * (len(grid) - 1), "embed"))
+        return self.param(name, init, (*grid, width), jnp.float32)
+
+
+def rotary(kind: str, at: Int[Array, "B N"], grid: Sequence[int], width: int) -> tuple | None:
+    """Returns (cos, sin), each float32 [B N d], that turn a head's values by a token's place; None for other kinds.
+
+    Each axis of the grid has an even share of the head's width, at rates 10,000^(−2i/share) (RoFormer, Su et al.
+    2021, one axis after the other as in V-JEPA 2, Assran et al. 2025); what is left is not turned. Places count
+    from 0 whatever the size of the grid: other lengths and sizes need no new parameters.
+
+    kind: "rotary", or "rotary_vjepa2": as V-JEPA 2's public code has it, where a pair's two values take the angles
+    of neighbouring rates instead of one.
+    width: d, of one head. at: places in the grid; below 0: not turned.
+    """
+    if kind not in ROTARY:
+        return None
+    share = width // len(grid) // 2 * 2
+    rates = 10000.0 ** (-np.arange(share // 2) / max(1, share // 2)).astype(np.float32)
+    angles, rest = [], at
+    for axis in range(len(grid)):
+        inner = math.prod(grid[axis + 1 :])
+        place, rest = rest // inner, rest % inner
+        angle = place[..., None].astype(jnp.float32) * rates
+        angles.append(jnp.repeat(angle, 2, axis=-1) if kind == "rotary" else jnp.concatenate([angle, angle], axis=-1))
+    angles.append(jnp.zeros((*at.shape, width - share * len(grid)), jnp.float32))
+    table = jnp.where(at[..., None] >= 0, jnp.concatenate(angles, axis=-1), 0.0)
+    return jnp.cos(table), jnp.sin(table)
