@@ -1,10 +1,13 @@
-"""What several configs share: the synthetic world as their dataset, and its evaluations."""
+"""What several configs share: the synthetic world as their dataset, the sizes of Vision Transformers, the shape of a recipe."""
 
 # Label → number of classes of the world that `vmm data world` writes.
 WORLD_LABELS = dict(
     shape=6, colour=8, motion=8, pitch=8, timbre=6, rhythm=6,
     video=2, audio=2, either=2, both=2, order=2, sync=2,
 )  # fmt: skip
+
+# Width, depth, heads (Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021, table 1).
+SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), H=(1280, 32, 16))
 
 
 def world_data(root: str = "data/world", **changes) -> dict:
@@ -26,3 +29,51 @@ def world_evals(root: str = "data/world") -> dict:
         retrieval=dict(kind="retrieval", data=f"{root}/test.jsonl", objective="contrast"),
         probe=dict(kind="probe", train=f"{root}/validation.jsonl", data=f"{root}/test.jsonl"),
     )
+
+
+def is_small(variant: str) -> bool:
+    """Whether the variant is "small": the same recipe on a laptop, on the synthetic world."""
+    known = ("", "small", *SIZES)
+    if variant not in known:
+        raise ValueError(f"no variant {variant!r} of this recipe; known: {', '.join(known[1:])}")
+    return variant == "small"
+
+
+def size(variant: str, default: str = "B") -> dict:
+    """Returns width, depth and heads of a variant: "S", "B", "L", "H", or a toy for "small"."""
+    width, depth, heads = (32, 2, 2) if is_small(variant) else SIZES[variant or default]
+    return dict(width=width, depth=depth, heads=heads)
+
+
+def layers(dimensions: dict, depth: int) -> dict:
+    """Returns the dimensions with another depth; of "small", whose depth is 2, at most 1."""
+    return dimensions | dict(depth=min(depth, 1) if dimensions["depth"] == 2 else depth)
+
+
+def recipe(
+    variant: str, clip: dict, *, optim: dict, steps: int, batch: int, data: dict | None = None, **groups
+) -> dict:
+    """Returns a whole config: on data/*.jsonl in bfloat16, or, small, on the world in seconds.
+
+    clip, data: of the full recipe. optim, steps, batch: of the full recipe; small has its own. groups: trunk, views,
+    objectives, and what else a config holds; `evals` only where not small.
+    """
+    small = is_small(variant)
+    if small:
+        groups["evals"] = {}
+        optim = {key: value for key, value in optim.items() if key not in ("learning_rate", "warmup", "accumulate")}
+        return dict(
+            seed=0, steps=20, batch=16, dtype="float32", save_every=10, log_every=5,
+            data=world_data(clip=dict(seconds=2.0, frames=8, size=32, text_length=24)),
+            optim=dict(learning_rate=1e-3, warmup=5) | optim,
+            **groups,
+        )  # fmt: skip
+    augment = dict(window=True, area=(0.5, 1.0), flip=True)
+    full = dict(train="data/train.jsonl", tokenizer="data/tokenizer.json", clip=clip, augment=augment, workers=8)
+    return dict(
+        seed=0, steps=steps, batch=batch, dtype="bfloat16", save_every=1000, log_every=50,
+        data=full | (data or {}),
+        mesh=dict(data=1, fsdp=-1),
+        optim=optim,
+        **groups,
+    )  # fmt: skip

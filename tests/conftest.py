@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # Before JAX starts: devices to shard over, quick compilation (tests compile far more than they
 # compute), and compiled programs kept between runs.
-FLAGS = "--xla_force_host_platform_device_count=8"
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # half the time of a test file
 if version("jaxlib").startswith("0.10."):  # four times as quick; later releases know no such flag
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 # Two workers of eight devices on two cores: a participant may come late. The default aborts after 40 s.
@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jaxtyping  # noqa: E402
 
 # Annotated shapes of the model side are checked at every call.
-CHECKED = ["vmm.layers", "vmm.augment", "vmm.losses", "vmm.masking", "vmm.encoders", "vmm.objectives"]
+CHECKED = ["vmm.layers", "vmm.augment", "vmm.losses", "vmm.masking", "vmm.pairing", "vmm.encoders", "vmm.objectives"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402

@@ -1,5 +1,6 @@
 """Every function of vmm/losses.py against numbers worked by hand and a float64 reference: value and gradient."""
 
+import functools
 import inspect
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from vmm import losses
+from vmm.sharding import MeshShape, batch_sharding, make_mesh, to_device
 
 B, E, V = 4, 5, 3
 VALID = np.array([True, False, True, True])
@@ -42,8 +44,18 @@ def reference_sigmoid(first, second, valid, scale, bias):
     return np.logaddexp(0.0, -signs * logits).sum() / len(logits)
 
 
+def reference_divergence(one, other):
+    p, q = np.exp(one), np.exp(other)
+    return np.array([sum(a * np.log(a / b) for a, b in zip(*rows)) for rows in zip(p, q)])
+
+
 def reference_standardise(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def reference_standardise_colours(x):
+    x = x.reshape(-1, 3, 2)
+    return ((x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-6)).reshape(-1, 6)
 
 
 def reference_squared_error(prediction, target):
@@ -64,13 +76,31 @@ def cases():
         "mean, light": (losses.mean, reference_mean, {0: values}, {1: np.array([0.1, 0.0, 0.2, 0.3])}),
         "normalise": (losses.normalise, reference_normalise, {0: patches}, {}),
         "cross_entropy": (losses.cross_entropy, reference_cross_entropy, {0: logits}, {1: np.array([0, 2, 1, 2])}),
+        "divergence": (
+            losses.divergence,
+            reference_divergence,
+            {0: log_softmax(logits), 1: log_softmax(rng.normal(size=(B, V)))},
+            {},
+        ),
         "contrastive_softmax": (
             losses.contrastive_softmax,
             reference_softmax,
             {0: first, 1: second, 3: np.array(7.0)},
             {2: VALID},
         ),
+        "contrastive_softmax, chunked": (
+            lambda *arguments: losses.contrastive_softmax(*arguments, chunk=3),
+            reference_softmax,
+            {0: first, 1: second, 3: np.array(7.0)},
+            {2: VALID},
+        ),
         "standardise": (losses.standardise, reference_standardise, {0: patches}, {}),
+        "standardise_colours": (
+            lambda x: losses.standardise_colours(x, 2),
+            reference_standardise_colours,
+            {0: rng.normal(2.0, 3.0, (B, 6))},
+            {},
+        ),
         "squared_error": (losses.squared_error, reference_squared_error, {0: patches, 1: first}, {}),
     }
     # At the usual bias of −10 negatives weigh nothing, and a loss without them would look right.
@@ -80,6 +110,10 @@ def cases():
             reference_sigmoid,
             {0: first, 1: second, 3: np.array(5.0), 4: np.array(bias)},
             {2: VALID},
+        )
+        table[f"contrastive_sigmoid, chunked, bias {bias}"] = (
+            lambda *arguments: losses.contrastive_sigmoid(*arguments, chunk=3),
+            *table[f"contrastive_sigmoid, bias {bias}"][1:],
         )
     return table
 
@@ -155,14 +189,26 @@ def test_hand_numbers():
     value = losses.contrastive_sigmoid(eye, eye, jnp.ones(2, bool), jnp.float32(np.log(3.0)), jnp.float32(0.0))
     assert float(value) == pytest.approx(np.log(4 / 3) + np.log(2), rel=1e-6)
     np.testing.assert_allclose(losses.standardise(jnp.array([[1.0, 3.0]])), [[-1.0, 1.0]], rtol=1e-5)
+    # A coin against one that is three times as often heads: ½ ln(½ / ¾) + ½ ln(½ / ¼).
+    coins = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+    assert float(losses.divergence(coins[0], coins[1])) == pytest.approx(0.5 * np.log(4 / 3), rel=1e-6)
     assert float(losses.squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0]))) == 2.5
 
 
+def contrastive(variant: str, chunk: int = 0):
+    """(first, second, valid) → loss."""
+    if variant == "softmax":
+        return lambda first, second, valid: losses.contrastive_softmax(first, second, valid, jnp.float32(10.0), chunk)
+    return lambda first, second, valid: losses.contrastive_sigmoid(
+        first, second, valid, jnp.float32(10.0), jnp.float32(-1.0), chunk
+    )
+
+
 CONTRASTIVE = {
-    "softmax": lambda first, second, valid: losses.contrastive_softmax(first, second, valid, jnp.float32(10.0)),
-    "sigmoid": lambda first, second, valid: losses.contrastive_sigmoid(
-        first, second, valid, jnp.float32(10.0), jnp.float32(-1.0)
-    ),
+    "softmax": contrastive("softmax"),
+    "sigmoid": contrastive("sigmoid"),
+    "softmax, chunked": contrastive("softmax", 3),
+    "sigmoid, chunked": contrastive("sigmoid", 3),
 }
 
 
@@ -203,13 +249,17 @@ def test_constant_embeddings_have_finite_gradients(variant: str, value: float, v
     if not valid.any():
         assert result == 0.0
         assert not any(leaf.any() for leaf in gradient)
-    elif variant == "softmax":  # chance: every row of n equal logits gives ln n
+    elif variant.startswith("softmax"):  # chance: every row of n equal logits gives ln n
         assert float(result) == pytest.approx(np.log(valid.sum()), abs=1e-5)
 
 
 def test_flat_patches_and_zero_vectors_are_finite():
     flat = jnp.full((2, E), 0.5)
-    for function, x in ((losses.standardise, flat), (losses.normalise, jnp.zeros((2, E)))):
+    for function, x in (
+        (losses.standardise, flat),
+        (lambda x: losses.standardise_colours(x, 1), flat),
+        (losses.normalise, jnp.zeros((2, E))),
+    ):
         value, pull = jax.vjp(function, x)
         assert not np.asarray(value).any()
         assert np.isfinite(pull(jnp.ones_like(value))[0]).all()
@@ -238,3 +288,53 @@ def test_large_logits_do_not_overflow():
 def test_errors_of_half_precision_predictions_are_float32():
     prediction, target = jnp.full((2, 3), 0.1, jnp.bfloat16), jnp.zeros((2, 3))
     assert losses.squared_error(prediction, target).dtype == jnp.float32
+
+
+ROWS = 64
+
+
+@functools.cache
+def dense_and_inputs(variant: str):
+    """(value, gradients in both sides), inputs: of a batch of which a fifth is not valid."""
+    rng = np.random.default_rng(4)
+    first = unit(rng, ROWS, 16)
+    second = reference_normalise(first + 0.5 * rng.normal(size=first.shape))
+    inputs = (first.astype(np.float32), second.astype(np.float32), rng.random(ROWS) < 0.8)
+    return jax.device_get(jax.jit(jax.value_and_grad(CONTRASTIVE[variant], (0, 1)))(*inputs)), inputs
+
+
+@pytest.mark.parametrize("chunk", [16, 24, 1000])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1), (2, 2, 2)], ids=["1", "4x2", "2x2x2"])
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+def test_chunks_are_the_whole(variant: str, mesh: tuple, chunk: int):
+    """Any chunk, also one that does not divide the batch, on any mesh: value and gradient to 1e-6."""
+    (value, gradients), inputs = dense_and_inputs(variant)
+    mesh = make_mesh(MeshShape(*mesh), jax.devices()[: int(np.prod(mesh))])
+    with jax.set_mesh(mesh):
+        ours, our_gradients = jax.jit(jax.value_and_grad(contrastive(variant, chunk), (0, 1)))(*to_device(inputs, mesh))
+    np.testing.assert_allclose(ours, value, rtol=1e-6)
+    for one, other in zip(our_gradients, gradients):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * np.abs(other).max())
+
+
+def temporary_bytes(variant: str, devices: int, chunk: int, batch: int = 32_768, width: int = 64) -> int:
+    """What a device needs besides arguments and results, for loss and gradient of a global batch; nothing is run."""
+    mesh = make_mesh(MeshShape(-1, 2, 1), jax.devices()[:devices])
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for shape, dtype in (((batch, width), jnp.float32), ((batch, width), jnp.float32), ((batch,), jnp.bool_))
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(contrastive(variant, chunk), (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+def test_memory_grows_with_the_local_batch(variant: str):
+    """Of a global batch of 32,768: half the rows a device, half the memory; the matrix of all pairs is 4 GiB."""
+    sizes = {devices: temporary_bytes(variant, devices, 512) for devices in (2, 4, 8)}
+    print(variant, sizes)
+    for devices, size in sizes.items():
+        assert size * devices == pytest.approx(sizes[2] * 2, rel=0.02)
+        assert size < 4 * (32_768 // devices) * 512 * 4  # four times [B / devices, chunk] of float32
+    assert temporary_bytes(variant, 8, 0) > 50 * sizes[8]

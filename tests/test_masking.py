@@ -17,6 +17,7 @@ GRID = (4, 3, 4)
 COUNT = math.prod(GRID)
 RATIOS = ("0.25", "0.5", "0.75", "0.9")
 SAMPLES = 6
+TUBES = ("tube", "multiblock")  # alike in every step of a video
 
 
 def keys(seed: int = 0, samples: int = SAMPLES):
@@ -27,7 +28,7 @@ def validity(kind: str) -> np.ndarray:
     """Rows of tokens: whole, absent and (where a mask promises something) padded at the end or anywhere."""
     valid = np.ones((SAMPLES, COUNT), bool)
     valid[1] = False
-    if kind != "tube":  # a tube is a shape of whole clips, which are there or not
+    if kind not in TUBES:  # a tube is a shape of whole clips, which are there or not
         valid[2, COUNT // 2 :] = False
         valid[3, 5:] = False
         valid[4, np.random.default_rng(0).permutation(COUNT)[:20]] = False
@@ -43,7 +44,7 @@ def hidden_of(mask, valid: np.ndarray) -> np.ndarray:
 
 def expected(kind: str, ratio: str, valid: np.ndarray) -> np.ndarray:
     """⌊ratio · valid tokens⌋ exactly; of a tube, ⌊ratio · places⌋ in every step."""
-    if kind == "tube":
+    if kind in TUBES:
         steps = GRID[0]
         return np.array([math.floor(Fraction(ratio) * (row.sum() // steps)) * steps for row in valid])
     return np.array([math.floor(Fraction(ratio) * int(row.sum())) for row in valid])
@@ -79,7 +80,7 @@ def test_padding_is_not_hidden_in_place_of_tokens(kind: str):
 @pytest.mark.parametrize("kind", MASKS)
 def test_counts_are_exact_in_decimals(kind: str):
     """0.29 · 100 is 28.999… in binary: neither the static nor the drawn count may lose a token by it."""
-    grid = (2, 10, 10) if kind == "tube" else (10, 10)
+    grid = (2, 10, 10) if kind in TUBES else (10, 10)
     count = math.prod(grid)
     mask = masking.sample(kind, keys(samples=2), jnp.ones((2, count), bool), grid, 0.29)
     assert mask.hidden.shape[1] == 29 * count // 100
@@ -147,7 +148,69 @@ def test_span_is_one_run_of_valid_tokens(ratio: str):
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_a_mask_that_hides_or_shows_nothing_is_an_error(kind: str):
-    for ratio in (0.0, 0.01, 1.0):
-        with pytest.raises(UserError, match="hide some and show some"):
+def test_a_mask_may_hide_all(kind: str):
+    mask = masking.sample(kind, keys(), jnp.ones((SAMPLES, COUNT), bool), GRID, 1.0)
+    assert mask.keep.shape == (SAMPLES, 0)
+    np.testing.assert_array_equal(mask.hidden, np.tile(np.arange(COUNT), (SAMPLES, 1)))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_that_hides_nothing_or_too_much_is_an_error(kind: str):
+    for ratio in (0.0, 0.01, 1.1):
+        with pytest.raises(UserError, match="hide some, and at most all"):
             masking.sample(kind, keys(), jnp.ones((SAMPLES, COUNT), bool), GRID, ratio)
+
+
+@pytest.mark.parametrize(("blocks", "scale"), [(8, 0.15), (2, 0.7)], ids=["short", "long"])
+def test_multiblock_is_the_boxes_drawn_grown_to_the_count(blocks: int, scale: float):
+    """Against a loop: boxes from the same draws, all grown by the least factor that covers the count."""
+    grid, ratio, samples = (3, 10, 12), 0.6, 16
+    hide = math.floor(ratio * 120)
+    mask = masking.sample(
+        "multiblock", keys(4, samples), jnp.ones((samples, 360), bool), grid, ratio, dict(blocks=blocks, scale=scale)
+    )
+    hidden = hidden_of(mask, np.ones((samples, 360), bool)).reshape(samples, *grid)
+    assert (hidden == hidden[:, :1]).all()
+    aspects = []
+    for key, mine in zip(keys(4, samples), hidden[:, 0]):
+        shape_key, place_key = jax.random.split(key)
+        aspect = np.asarray(jax.random.uniform(shape_key, (blocks,), minval=0.75, maxval=1.5), np.float64)
+        draw = np.asarray(jax.random.uniform(place_key, (blocks, 2)), np.float64)
+        aspects += list(aspect)
+        height, width = np.minimum(1, np.sqrt(scale * aspect)), np.minimum(1, np.sqrt(scale / aspect))
+        np.testing.assert_allclose((height * width)[(height < 1) & (width < 1)], scale)
+        y, x = height / 2 + draw[:, 0] * (1 - height), width / 2 + draw[:, 1] * (1 - width)
+
+        rows, columns = (np.arange(10) + 0.5) / 10 - y[:, None], (np.arange(12) + 0.5) / 12 - x[:, None]
+        rows, columns = np.abs(rows) / (height / 2)[:, None], np.abs(columns) / (width / 2)[:, None]
+        # Between the largest union of at most the count and the smallest of at least it.
+        unions = [
+            ((rows <= factor)[:, :, None] & (columns <= factor)[:, None]).any(0) for factor in np.linspace(0, 4, 4001)
+        ]
+        counts = np.array([u.sum() for u in unions])
+        inner, outer = unions[np.flatnonzero(counts <= hide)[-1]], unions[np.flatnonzero(counts >= hide)[0]]
+        assert (mine >= inner).all()
+        assert (mine <= outer).all()
+    assert min(aspects) < 0.9 < 1.3 < max(aspects)
+
+
+def test_multiblock_of_sound_and_text_counts_their_own_tokens():
+    """Two axes and one: exactly ⌊ratio · valid⌋, in few pieces."""
+    for grid in ((8, 6), (48,)):
+        valid = np.ones((8, 48), bool)
+        valid[1, 20:] = False
+        fields = dict(blocks=1, scale=0.3)
+        mask = masking.sample("multiblock", keys(5, 8), jnp.asarray(valid), grid, 0.5, fields)
+        hidden = hidden_of(mask, valid)
+        np.testing.assert_array_equal(hidden.sum(1), valid.sum(1) // 2)
+        for row in np.delete(hidden, 1, 0):
+            assert ndimage.label(row.reshape(grid))[1] == 1
+
+
+def test_wrong_fields_of_a_mask_are_errors():
+    valid = jnp.ones((SAMPLES, COUNT), bool)
+    with pytest.raises(UserError, match=r"views.masked.video.blocks: no such key; .*ratio"):
+        masking.sample("tube", keys(), valid, GRID, 0.5, dict(blocks=2), "views.masked.video")
+    for fields in (dict(blocks=0), dict(scale=1.5), dict(aspect=(2.0, 1.0))):
+        with pytest.raises(UserError, match="a multiblock mask has blocks"):
+            masking.sample("multiblock", keys(), valid, GRID, 0.5, fields)

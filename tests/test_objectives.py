@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts import HEADS, D, assert_trees_equal, finite
+from flax.core import FrozenDict
 from test_layers import assert_trees_close, parameters
 
 from vmm.objectives import OBJECTIVES
@@ -19,6 +20,10 @@ OBJECTIVE_FIELDS = {
     "contrastive": dict(width=8),
     "masked": dict(width=D, depth=1, heads=HEADS),
     "classify": dict(labels=LABELS),
+    "latent": dict(modalities=("video", "audio", "text"), width=D, depth=1, heads=HEADS),
+    "distill": dict(modalities=("video", "text"), width=D),
+    "captioning": dict(width=D, depth=1, heads=HEADS),
+    "align": dict(labels=LABELS),
 }
 ROWS = 5
 PATCHES = {"video": ((2, 2, 2), 12, 0), "audio": ((3, 2), 6, 0), "text": ((6,), None, 11)}
@@ -33,7 +38,7 @@ def objective_of(kind: str, **fields):
 def view_of(present: dict, valid, seed: int = 0) -> tuple[Outputs, Batch]:
     """One view's outputs and its batch. present: modality → bool [ROWS]; text has some padding."""
     rng = np.random.default_rng(seed)
-    encoded, fused, patches, masks, inputs = {}, {}, {}, {}, {}
+    encoded, fused, patches, masks, inputs, taught = {}, {}, {}, {}, {}, ({}, {}, {})
     for name, (grid, size, classes) in PATCHES.items():
         count = math.prod(grid)
         there = np.repeat(np.asarray(present[name])[:, None], count, axis=1)
@@ -50,6 +55,11 @@ def view_of(present: dict, valid, seed: int = 0) -> tuple[Outputs, Batch]:
         for streams in (encoded, fused):
             x = rng.normal(size=(ROWS, SHOWN[name], D)).astype(np.float32) * shown[..., None]
             streams[name] = Tokens(jnp.asarray(x), jnp.asarray(shown), mask.keep)
+        for streams in taught[:2]:  # a teacher sees everything
+            x = rng.normal(size=(ROWS, count, D)).astype(np.float32) * there[..., None]
+            at = np.tile(np.arange(count, dtype=np.int32), (ROWS, 1))
+            streams[name] = Tokens(*map(jnp.asarray, (x, there, at)))
+        taught[2][name] = [jnp.asarray(rng.normal(size=x.shape), jnp.float32) for _ in range(3)]
         patches[name] = Patches(jnp.asarray(values), jnp.asarray(there), grid, classes)
         masks[name] = mask
         inputs[name] = jnp.asarray(values)
@@ -61,7 +71,8 @@ def view_of(present: dict, valid, seed: int = 0) -> tuple[Outputs, Batch]:
         jnp.arange(ROWS, dtype=jnp.int32),
         jnp.asarray(valid),
     )
-    return Outputs(encoded, fused, patches, masks), batch
+    target = Outputs(*taught[:2], patches, {}, taught[2])
+    return Outputs(encoded, fused, patches, masks, target=target, swapped=fused["text"].valid.any(1)), batch
 
 
 SOME = {
@@ -75,13 +86,16 @@ LAST_IS_FILLING = np.arange(ROWS) < ROWS - 1
 
 def arrays_of(outputs: Outputs) -> tuple:
     """The arrays of the outputs; grids and classes are static and stand aside."""
-    return outputs.encoded, outputs.fused, {k: (p.values, p.valid) for k, p in outputs.patches.items()}, outputs.masks
+    patches = {k: (p.values, p.valid) for k, p in outputs.patches.items()}
+    target = outputs.target.encoded, outputs.target.fused, outputs.target.layers
+    return outputs.encoded, outputs.fused, patches, outputs.masks, target
 
 
 def outputs_from(arrays: tuple) -> Outputs:
-    encoded, fused, patches, masks = arrays
+    encoded, fused, patches, masks, (*taught, layers) = arrays
     patches = {k: Patches(*patches[k], PATCHES[k][0], PATCHES[k][2]) for k in patches}
-    return Outputs(encoded, fused, patches, masks)
+    target = Outputs(*taught, patches, {}, layers)
+    return Outputs(encoded, fused, patches, masks, target=target, swapped=fused["text"].valid.any(1))
 
 
 @functools.cache
@@ -111,8 +125,18 @@ def objective_functions(kind: str, fields: tuple = ()):
 
 VARIANTS = [(kind, ()) for kind in OBJECTIVES] + [
     ("contrastive", (("variant", "sigmoid"), ("bias", -1.0), ("pooling", "attention"), ("heads", 2))),
+    ("contrastive", (("chunk", 2),)),
+    ("captioning", (("context", ("audio",)), ("positions", "learned"), ("depth", 2))),
+    ("align", (("labels", FrozenDict()), ("prototypes", 5), ("stage", "fused"), ("stop_gradient", True))),
+    (
+        "masked",
+        (("modalities", ("video", "text")), ("standardise", "colour"), ("context", ("audio", "text")), ("decode", 0.5)),
+    ),
     ("masked", (("standardise", False), ("modalities", ("audio", "text")))),
     ("classify", (("pooling", "attention"), ("heads", 2))),
+    ("latent", (("stage", "fused"), ("context", "all"), ("error", "l2"), ("positions", "rotary"))),
+    ("latent", (("layers", 2), ("error", "smooth_l1"), ("modalities", ("audio",)))),
+    ("distill", (("of", "pooled"), ("error", "l2"), ("stage", "fused"))),
 ]
 variants = pytest.mark.parametrize(("kind", "fields"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(len(v)))
 
@@ -165,7 +189,7 @@ def test_rows_that_only_fill_a_batch_change_nothing(kind: str, fields: tuple):
 def test_absent_streams_and_padding_change_no_loss(kind: str, fields: tuple):
     params, function = objective_functions(kind, fields)
     outputs, batch = view_of(SOME, LAST_IS_FILLING)
-    encoded, fused, patches, masks = arrays_of(outputs)
+    encoded, fused, patches, masks, (taught, taught_fused, layers) = arrays_of(outputs)
     clean = function(params, arrays_of(outputs), batch)
     wild = lambda streams: {  # noqa: E731
         k: t._replace(x=jnp.where(t.valid[..., None], t.x, 1e3)) for k, t in streams.items()
@@ -174,7 +198,8 @@ def test_absent_streams_and_padding_change_no_loss(kind: str, fields: tuple):
     for name, (values, valid) in patches.items():
         mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
         moved[name] = (jnp.where(mask, values, 7).astype(values.dtype), valid)
-    dirty = function(params, (wild(encoded), wild(fused), moved, masks), batch)
+    target = (wild(taught), wild(taught_fused), layers)
+    dirty = function(params, (wild(encoded), wild(fused), moved, masks, target), batch)
     assert_trees_equal(dirty, clean)
     for gradients, streams in zip(clean[2][1:], (encoded, fused)):
         for name, tokens in streams.items():

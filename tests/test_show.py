@@ -196,7 +196,7 @@ def test_contact_sheet_shows_whole_pictures_in_order(tmp_path, height, width):
 def test_log_mel_is_that_of_the_encoder():
     import jax.numpy as jnp
 
-    from vmm.encoders.audio import log_mel
+    from vmm.encoders.frontends import log_mel
 
     sample = np.random.default_rng(0).uniform(-1, 1, 16000).astype(np.float32)
     wanted = log_mel(jnp.asarray(sample[None]), pictures._BINS, pictures._WINDOW, pictures._HOP, pictures.RATE)[0]

@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 
 
 def load(source: str):
-    """Returns the published model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]").
+    """Returns the model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]").
+
+    A folder of `vmm publish` or `vmm convert`, a run, or one in the published layout of a known family (config.json
+    + safetensors: VideoMAE, CLIP, BERT, …; see README).
 
     Raises:
       vmm.errors.UserError: there is none, or it is not whole. Nothing is ever unpickled.

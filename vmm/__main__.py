@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("folder", type=Path, help="where to write")
     publish.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
 
+    converting = commands.add_parser("convert", help="published weights → ours, or ours → a published family's layout")
+    converting.add_argument("source", help="folder, run or Hub repository")
+    converting.add_argument("folder", type=Path, help="where to write")
+    converting.add_argument("--to", metavar="FAMILY", help="write this family's layout, as videomae or clip")
+
     report = commands.add_parser("report", help="draw a run as one self-contained HTML file")
     report.add_argument("run", type=Path, help="workdir of a run")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
@@ -73,6 +78,10 @@ def _run(args) -> None:
 
         folder = publish(args.run, args.folder, args.push)
         print(f'{folder}: published; load it with vmm.load("{folder}")')
+    elif args.command == "convert":
+        from vmm.convert import convert
+
+        convert(args.source, args.folder, args.to)
     elif args.command == "report":
         from vmm.report import report
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -109,12 +110,17 @@ def jitter_colour(
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
-def spec_augment(patches: Patches, patch: tuple[int, int], keys: Array, spec: SpecAugment) -> Patches:
+def spec_augment(
+    patches: Patches, patch: tuple[int, int], keys: Array, spec: SpecAugment, stride: tuple[int, int] | None = None
+) -> Patches:
     """Returns spectrogram patches float32 [B (f m) P] with bands set to zero, the mean of standardised values.
 
-    patch: (frames, bins) of one patch. A band goes across patches: it is cut in the whole spectrogram.
+    patch: (frames, bins) of one patch. stride: the same from one patch to the next, None: the patch.
+    A band goes across patches: it is cut in the whole spectrogram.
     """
-    frames, bins = patches.grid[0] * patch[0], patches.grid[1] * patch[1]
+    stride, grid = stride or patch, (*patches.grid, 1)[:2]
+    row, column = (np.arange(count)[:, None] * step + np.arange(size) for count, step, size in zip(grid, stride, patch))
+    frames, bins = int(row.max()) + 1, int(column.max()) + 1
     count = spec.time_masks + spec.mel_masks
     width, place = jnp.moveaxis(draw(keys, _SPECTROGRAM, (2, count)), 1, 0)
 
@@ -128,7 +134,8 @@ def spec_augment(patches: Patches, patch: tuple[int, int], keys: Array, spec: Sp
     split = spec.time_masks
     times = outside(frames, spec.time_width, width[:, :split], place[:, :split])
     mels = outside(bins, spec.mel_width, width[:, split:], place[:, split:])
-    keep = rearrange(times[:, :, None] & mels[:, None], "b (f p) (m q) -> b (f m) (p q)", p=patch[0], q=patch[1])
+    keep = times[:, row][:, :, None, :, None] & mels[:, column][:, None, :, None]
+    keep = rearrange(keep, "b f m p q -> b (f m) (p q)")
     return patches._replace(values=jnp.where(keep, patches.values, 0.0))
 
 

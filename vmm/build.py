@@ -164,7 +164,7 @@ def save_config(config: Mapping, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file through a temporary neighbour, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,21 @@ import numpy as np
 
 from vmm.augment import MixUp, SpecAugment, augment
 from vmm.build import build, make
+from vmm.data import text
 from vmm.data.media import check_size
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
+from vmm.encoders import ENCODERS
+from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError
 from vmm.evals import EVALS
-from vmm.model import Recipe, loss_function
+from vmm.model import Recipe, blank_memory, loss_function
 from vmm.sharding import MeshShape
 from vmm.training.optim import Optim
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
 # Keys that may change between a run and its continuation: they leave its numbers alone.
-_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every")
+_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every", "health")
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
 
@@ -38,8 +42,10 @@ class Config:
 
     steps, batch: of training; batch is global. seed: of parameters, order, masks. dtype: "float32" or
     "bfloat16", what activations are computed in. save_every, keep: steps between checkpoints, and
-    how many stay. log_every: steps between lines of metrics. eval_every: steps between evaluations,
-    0: none while training.
+    how many stay. log_every: steps between lines of metrics. health: steps between lines that hold the health panel
+    (training/health.py), 0: none. balance: how losses are summed, see Recipe. eval_every: steps between evaluations,
+    0: none while training. init_from: weights that a new run starts from, a folder, run or Hub repository that
+    vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each.
     """
 
     steps: int
@@ -56,7 +62,10 @@ class Config:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 10
+    health: int = 0
+    balance: str = "fixed"
     eval_every: int = 0
+    init_from: str | Mapping = dataclasses.field(default_factory=dict)
 
 
 class Experiment:
@@ -68,6 +77,8 @@ class Experiment:
         for name in ("steps", "batch", "save_every", "log_every", "keep"):
             if getattr(c, name) < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {getattr(c, name)}")
+        if c.health < 0 or c.health % c.log_every:
+            raise UserError(f"config.health: {c.health} is no multiple of log_every {c.log_every}; 0: no health panel")
         if c.dtype not in ("float32", "bfloat16"):
             raise UserError(f"config.dtype: must be float32 or bfloat16, got {c.dtype!r}")
         self.data = make(Data, c.data, "data")
@@ -80,15 +91,18 @@ class Experiment:
         self.mesh = make(MeshShape, c.mesh, "mesh")
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
         spectrogram = make(SpecAugment, self.augment.spectrogram, "data.augment.spectrogram")
-        self.recipe = Recipe(c.trunk, c.views, c.objectives, c.dtype, spectrogram if self.augment.spectrogram else None)
+        self.recipe = Recipe(
+            c.trunk, c.views, c.objectives, c.dtype, spectrogram if self.augment.spectrogram else None, c.balance
+        )
         self.mixup = make(MixUp, self.augment.mixup, "data.augment.mixup") if self.augment.mixup else None
         if self.mixup:
             self._check_mixup()
-        if any(view.get("teacher") for view in c.views.values()) and not self.optim.ema:
+        if any(view.get("teacher") is True for view in c.views.values()) and not self.optim.ema:
             raise UserError("optim.ema: a view has a teacher, which is the running average; give ema a decay above 0")
         unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
         if unknown:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
+        self._check_tokenizer()
         self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
 
@@ -96,6 +110,26 @@ class Experiment:
     def modalities(self) -> tuple[str, ...]:
         """What the model takes."""
         return tuple(self.config.trunk["encoders"])
+
+    def _check_tokenizer(self) -> None:
+        """Raises UserError where the text encoder and the tokenizer's file, if there already, do not fit."""
+        spec, path = self.config.trunk.get("encoders", {}).get("text"), self.data.tokenizer
+        encoder = build(ENCODERS, spec, "trunk.encoders.text") if spec else None
+        if not isinstance(encoder, TextEncoder) or not Path(path).is_file():
+            return
+        tokenizer = text.load_tokenizer(path)
+        largest, padding = max(tokenizer.get_vocab().values()), text.padding_id(tokenizer)
+        if largest >= encoder.vocabulary:
+            raise UserError(
+                f"trunk.encoders.text.vocabulary: {encoder.vocabulary}, but ids of {path} go up to {largest}; raise it"
+            )
+        if encoder.padding not in (-1, padding):
+            raise UserError(
+                f"trunk.encoders.text.padding: {encoder.padding}, but {path} pads with id {padding}; give that, "
+                "or -1 where padding is text like other"
+            )
+        if encoder.end >= 0 and encoder.end not in text.encode(tokenizer, "", 8):
+            raise UserError(f"trunk.encoders.text.end: {encoder.end}, but {path} ends no text with that id")
 
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}
@@ -135,16 +169,23 @@ class Experiment:
         keys = jax.random.split(key, 2)
         return self.recipe.init(key, batch, keys)["params"]
 
-    def loss(self) -> Callable:
-        """Returns (params, teacher, batch, key) → (loss, metrics)."""
+    def loss(self, teachers: Mapping | None = None) -> Callable:
+        """Returns (params, teacher, batch, key) → (loss, metrics), see loss_function."""
         a = self.augment
         perturb = functools.partial(augment, colour=a.colour, gain=a.gain, mixup=self.mixup)
-        return loss_function(self.recipe, self.optim.accumulate, perturb)
+        return loss_function(self.recipe, self.optim.accumulate, perturb, teachers)
 
-    def program(self, mesh) -> Program:
-        """Returns the compiled-on-demand init and step of this experiment."""
+    def program(self, mesh, teachers: Mapping | None = None) -> Program:
+        """Returns the compiled-on-demand init and step of this experiment.
+
+        teachers: view → Trunk of another model, for the views that name one (teachers.py); then the step takes their
+        parameters too.
+        """
         c = self.config
-        return make_program(self.initialise, self.loss(), self.optim, steps=c.steps, seed=c.seed, mesh=mesh)
+        return make_program(
+            self.initialise, self.loss(teachers), self.optim,
+            steps=c.steps, seed=c.seed, mesh=mesh, health=c.health, frozen=bool(teachers), memory=blank_memory(self.recipe),
+        )  # fmt: skip
 
     def parameters(self) -> int:
         """Returns the number of parameters."""

@@ -1,16 +1,18 @@
-"""Which tokens a view hides: each mask is rng, validity, grid → Mask, with static counts.
+"""Which tokens a view hides: each mask is (key, validity, grid) → Mask, with static counts; its fields are its config.
 
 Per-sample keys make a mask a function of the sample alone: the same on any number of devices and
 under any split of the batch. Padding is never chosen as hidden content in place of a real token.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from vmm.build import make
 from vmm.errors import UserError
 from vmm.types import Mask
 
@@ -38,63 +40,139 @@ def _drawn(ratio: float, valid: Bool[Array, "N"]) -> Array:
     return jnp.floor(ratio * valid.sum() + _ROUNDING).astype(jnp.int32)
 
 
-def random(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
+@dataclasses.dataclass(frozen=True)
+class Random:
     """Hides tokens independently at random (He et al. 2022): ⌊ratio · valid tokens⌋ of them."""
-    count = math.prod(grid)
-    kept = count - _static(ratio, count)
-    hide = _drawn(ratio, valid)
-    return _choose(jax.random.uniform(key, (count,)), valid, hide, kept)
+
+    ratio: float
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        count = math.prod(grid)
+        kept = count - _static(self.ratio, count)
+        return _choose(jax.random.uniform(key, (count,)), valid, _drawn(self.ratio, valid), kept)
 
 
-def tube(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
+@dataclasses.dataclass(frozen=True)
+class Tube:
     """Hides the same places in every step of the first axis (VideoMAE, Tong et al. 2022)."""
+
+    ratio: float
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        score = jax.random.uniform(key, (math.prod(grid[1:]),))
+        return _tubes(score, valid, grid, self.ratio)
+
+
+def _tubes(score: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
+    """Hides the places of highest score in every step of the first axis."""
     time, *rest = grid
     area = math.prod(rest)
-    score = jnp.tile(jax.random.uniform(key, (area,)), (time,))
     hide = _static(ratio, area)
-    return _choose(score, valid, jnp.where(valid.any(), hide * time, 0), (area - hide) * time)
+    score = jnp.argsort(jnp.argsort(score))  # no two alike: a place is hidden at every time or at none
+    return _choose(jnp.tile(score, (time,)), valid, jnp.where(valid.any(), hide * time, 0), (area - hide) * time)
 
 
-def block(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
-    """Hides one box of the grid and, to keep the count, the places nearest around it (V-JEPA's blocks).
+def _places(grid: tuple) -> list[Array]:
+    """Returns each token's place along each axis, in (0, 1): arrays of the grid's shape."""
+    return jnp.meshgrid(*((jnp.arange(size) + 0.5) / size for size in grid), indexing="ij")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Hides one box of the grid and, to keep the count, the places nearest around it.
 
     The places are taken in order of their distance (in units of each axis) from a random centre.
     """
-    count = math.prod(grid)
-    centre = jax.random.uniform(key, (len(grid),))
-    axes = jnp.meshgrid(*((jnp.arange(size) + 0.5) / size for size in grid), indexing="ij")
-    distance = jnp.stack([jnp.abs(axis - c) for axis, c in zip(axes, centre)]).max(0).reshape(-1)
-    hide = _drawn(ratio, valid)
-    return _choose(-distance, valid, hide, count - _static(ratio, count))
+
+    ratio: float
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        count = math.prod(grid)
+        centre = jax.random.uniform(key, (len(grid),))
+        distance = jnp.stack([jnp.abs(axis - c) for axis, c in zip(_places(grid), centre)]).max(0).reshape(-1)
+        return _choose(-distance, valid, _drawn(self.ratio, valid), count - _static(self.ratio, count))
 
 
-def span(key: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> Mask:
+@dataclasses.dataclass(frozen=True)
+class MultiBlock:
+    """Hides a union of boxes (V-JEPA, Bardes et al. 2024, sec. 3.2): of a video at every time, of others on all axes.
+
+    V-JEPA draws 8 boxes of `scale` 0.15 (short-range) or 2 of 0.7 (long-range) and hides what they cover, about 90 %;
+    its count differs from clip to clip. Here the boxes are drawn so, and then all grow or shrink by one common
+    factor until their union is `ratio` of the places: the count is static.
+
+    blocks: boxes. scale: share of the places in one of them. aspect: least and largest height / width of a box.
+    """
+
+    ratio: float
+    blocks: int = 8
+    scale: float = 0.15
+    aspect: tuple[float, float] = (0.75, 1.5)
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        if self.blocks < 1 or not 0 < self.scale < 1 or not 0 < self.aspect[0] <= self.aspect[1]:
+            raise UserError(
+                "views: a multiblock mask has blocks of at least 1, a scale in (0, 1), and an aspect (least, largest) above 0"
+            )
+        area = grid[1:] if len(grid) == 3 else grid
+        shape_key, place_key = jax.random.split(key)
+        aspect = jax.random.uniform(shape_key, (self.blocks,), minval=self.aspect[0], maxval=self.aspect[1])
+        if len(area) == 1:
+            sides = jnp.full((self.blocks, 1), self.scale)
+        else:
+            sides = jnp.sqrt(self.scale * jnp.stack([aspect, 1 / aspect], axis=1))
+        sides = jnp.minimum(sides, 1.0)
+        # Anywhere that it fits whole: the centre is half a side from either edge.
+        centre = sides / 2 + jax.random.uniform(place_key, sides.shape) * (1 - sides)
+        places = jnp.stack([axis.reshape(-1) for axis in _places(area)], axis=-1)
+        # By which factor each box must grow for each place to be in it: 1 at its edge.
+        factor = (jnp.abs(places - centre[:, None]) / (sides[:, None] / 2)).max(-1).min(0)
+        if len(grid) == 3:
+            return _tubes(-factor, valid, grid, self.ratio)
+        count = math.prod(grid)
+        return _choose(-factor, valid, _drawn(self.ratio, valid), count - _static(self.ratio, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
     """Hides one run of consecutive valid tokens (SpanBERT's unit, Joshi et al. 2020), wrapping round."""
-    count = math.prod(grid)
-    number = valid.sum()
-    hide = _drawn(ratio, valid)
-    start = jnp.floor(jax.random.uniform(key) * jnp.maximum(number, 1))
-    place = jnp.cumsum(valid) - 1
-    score = -jnp.mod(place - start, jnp.maximum(number, 1)).astype(jnp.float32)
-    return _choose(score, valid, hide, count - _static(ratio, count))
+
+    ratio: float
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        count = math.prod(grid)
+        number = valid.sum()
+        start = jnp.floor(jax.random.uniform(key) * jnp.maximum(number, 1))
+        place = jnp.cumsum(valid) - 1
+        score = -jnp.mod(place - start, jnp.maximum(number, 1)).astype(jnp.float32)
+        return _choose(score, valid, _drawn(self.ratio, valid), count - _static(self.ratio, count))
 
 
-MASKS: dict[str, Callable] = {"tube": tube, "block": block, "span": span, "random": random}
+MASKS: dict[str, type] = {"tube": Tube, "block": Block, "multiblock": MultiBlock, "span": Span, "random": Random}
 
 
-def sample(kind: str, keys: Array, valid: Bool[Array, "B N"], grid: tuple, ratio: float) -> Mask:
+def sample(
+    kind: str,
+    keys: Array,
+    valid: Bool[Array, "B N"],
+    grid: tuple,
+    ratio: float,
+    fields: Mapping = {},
+    where: str = "mask",
+) -> Mask:
     """Returns one Mask per sample.
 
     Args:
       kind: one of MASKS.
       keys: a key per sample, [B].
-      valid: bool [B N]. grid: its product is N. ratio: share of the tokens hidden, in (0, 1).
+      valid: bool [B N]. grid: its product is N. ratio: share of the tokens hidden, in (0, 1]; of 1: all.
+      fields: further fields of the mask. where: its key in the config, for the error line.
 
     Raises:
-      UserError: the ratio leaves nothing shown or nothing hidden.
+      UserError: the ratio is above 1 or leaves nothing hidden, or the mask has no such field.
     """
-    mask = MASKS[kind]
-    result = jax.vmap(lambda key, valid: mask(key, valid, grid, ratio))(keys, valid)
-    if not result.keep.shape[1] or not result.hidden.shape[1]:
-        raise UserError(f"views: mask {kind!r} of ratio {ratio} on {grid} tokens must hide some and show some")
+    mask = make(MASKS[kind], {"ratio": ratio, **fields}, where)
+    result = jax.vmap(lambda key, valid: mask(key, valid, grid))(keys, valid)
+    if not 0 < ratio <= 1 or not result.hidden.shape[1]:
+        raise UserError(f"views: mask {kind!r} of ratio {ratio} on {grid} tokens must hide some, and at most all")
     return result

@@ -6,21 +6,23 @@ view that an objective reads runs once; patches (and the log-mel under them) are
 
 import zlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vmm import masking
+from vmm import masking, pairing
 from vmm.augment import SpecAugment, spec_augment
 from vmm.build import build
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
 from vmm.fusion import FUSIONS
-from vmm.layers import pool
+from vmm.layers import layers_of, pool, scalar
 from vmm.objectives import OBJECTIVES
 from vmm.objectives.contrastive import Contrastive
+from vmm.training import health
 from vmm.types import Batch, Mask, Outputs, Patches, Tokens
 
 
@@ -58,15 +60,35 @@ class Trunk(nn.Module):
     def __call__(self, patches: Mapping, masks: Mapping) -> Outputs:
         """Encodes and fuses the shown tokens. masks: modality → Mask, for those partly hidden."""
         encoded = {name: self.encode(name, patches[name], masks.get(name)) for name in self.encoder}
-        return Outputs(encoded, self.fuse(encoded), dict(patches), dict(masks))
+        # What was sown for who asks for the collection (a teacher's views); else there is nothing.
+        sown = {name: encoder.variables.get("layers", {}) for name, encoder in self.encoder.items()}
+        layers = {name: layers_of(tree) for name, tree in sown.items()}
+        return Outputs(encoded, self.fuse(encoded), dict(patches), dict(masks), layers)
+
+    def whole(self, inputs: Mapping, present: Mapping) -> Outputs:
+        """Encodes and fuses every token of a batch's inputs."""
+        return self(self.patches(inputs, present), {})
+
+
+BALANCES = ("fixed", "gradient", "uncertainty")
 
 
 class Recipe(nn.Module):
     """What is trained: a trunk, the views of it, and the objectives that read them.
 
-    trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r}, "teacher": bool}.
-    objectives: name → spec of OBJECTIVES, each with the `view` it reads and its `weight`.
+    trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r, **its fields}, "teacher": who}; the
+    teacher is True, the running average of this model, or the folder of a published one, which sees everything.
+    Or {"of": another view, "swap": a modality}: that view's encoded streams, of which one is another sample's, are fused
+    again. The other is drawn of `among` neighbours in the batch (256; of its part, with accumulate), never one that lacks
+    the modality or has the same text; "hard": the contrastive objective by whose logits, else evenly.
+    objectives: name → spec of OBJECTIVES, each with the `view` it reads, its `weight` w, and for some a teacher's
+    view, the `target`.
     spectrogram: SpecAugment of the sound while training; never in predict and embed.
+    balance: how losses L are summed. "fixed": Σ w L. "uncertainty": Σ w (exp(−s) L + s), s learned, one a loss (Kendall
+    et al. 2018, eq. 10, s = ln 2σ² up to a constant): at rest exp(−s) = 1 / L. "gradient": Σ w c L, where c brings the
+    norm of each loss's gradient, at the tokens of its view, to the w-weighted mean of these norms (the aim of GradNorm,
+    Chen et al. 2018, at every step anew); c is at most 100, and no gradient flows through it. It costs the backward
+    pass of the heads once more, and with `accumulate` a forward pass too.
     """
 
     trunk: Mapping
@@ -74,24 +96,38 @@ class Recipe(nn.Module):
     objectives: Mapping
     dtype: str = "float32"
     spectrogram: SpecAugment | None = None
+    balance: str = "fixed"
 
     def setup(self):
         self.model = build({"trunk": Trunk}, {"kind": "trunk", **self.trunk}, "trunk", dtype=self.dtype)
         self.objective = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in self.objectives.items()}
         self._check()
+        if self.balance == "uncertainty":
+            self.doubt = {name: scalar(self, f"balance_{name}", 0.0) for name in self.objectives}
 
     def _check(self) -> None:
-        if not self.objectives:
-            raise UserError(f"objectives: none given; {one_of('', OBJECTIVES)}")
+        if self.balance not in BALANCES:
+            raise UserError(f"balance: unknown {self.balance!r}; {one_of(self.balance, BALANCES)}")
         for view, spec in self.views.items():
+            if "of" in spec:
+                self._check_swap(view, spec)
+                continue
             for key, value in spec.items():
                 if key == "teacher":
+                    if not isinstance(value, (bool, str)):
+                        raise UserError(
+                            f"views.{view}.teacher: True, or the folder of a published model; got {value!r}"
+                        )
+                    if isinstance(value, str) and len(spec) > 1:
+                        raise UserError(
+                            f"views.{view}: another model sees everything; take {sorted(set(spec) - {key})} out"
+                        )
                     continue
                 if key not in self.trunk["encoders"]:
                     raise UserError(
                         f"views.{view}.{key}: no such modality; {one_of(key, [*self.trunk['encoders'], 'teacher'])}"
                     )
-                if set(value) != {"kind", "ratio"}:
+                if not {"kind", "ratio"} <= set(value):
                     raise UserError(f"views.{view}.{key}: a mask has a kind and a ratio, got {sorted(value)}")
                 if value["kind"] not in masking.MASKS:
                     raise UserError(
@@ -102,48 +138,139 @@ class Recipe(nn.Module):
                 raise UserError(
                     f"objectives.{name}.view: no view {objective.view!r}; {one_of(objective.view, self.views)}"
                 )
+            if isinstance(self.views[objective.view].get("teacher"), str):
+                raise UserError(f"objectives.{name}.view: {objective.view!r} is of another model; name it as `target`")
+            target = target_of(objective)
+            if target is not None and not self.views.get(target, {}).get("teacher"):
+                taught = [view for view, spec in self.views.items() if spec.get("teacher")]
+                raise UserError(f"objectives.{name}.target: no teacher's view {target!r}; {one_of(target, taught)}")
+
+    def _check_swap(self, view: str, spec: Mapping) -> None:
+        of, name, hard = spec["of"], spec.get("swap"), spec.get("hard")
+        plain = [key for key, value in self.views.items() if not {"of", "teacher"} & set(value)]
+        if of not in plain:
+            raise UserError(f"views.{view}.of: no view {of!r} that shows streams to the student; {one_of(of, plain)}")
+        if (
+            set(spec) - {"of", "swap", "hard", "among"}
+            or name not in self.trunk["encoders"]
+            or spec.get("among", 2) < 2
+        ):
+            raise UserError(
+                f"views.{view}: a view of another has of, swap (one of {sorted(self.trunk['encoders'])}), hard (a "
+                f"contrastive objective) and among (2 or more), got {dict(spec)}"
+            )
+        known = [key for key, o in self.objective.items() if isinstance(o, Contrastive) and name in o.modalities]
+        if hard is not None and hard not in known:
+            raise UserError(f"views.{view}.hard: no contrastive objective {hard!r} of {name!r}; {one_of(hard, known)}")
 
     def patches(self, batch: Batch) -> dict:
         """Returns modality → Patches of a batch."""
         return self.model.patches(batch.inputs, batch.present)
 
-    def _look(self, view: str, patches: Mapping, keys: Array) -> Outputs:
+    def _look(self, view: str, patches: Mapping, keys: Array, valid: Array) -> Outputs:
+        if "of" in self.views[view]:
+            return self._swap(view, self._look(self.views[view]["of"], patches, keys, valid), keys, valid)
         masks = {}
         for name, spec in self.views[view].items():
             if name != "teacher":
                 mine = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(f"{view}/{name}".encode()))
-                masks[name] = masking.sample(spec["kind"], mine, patches[name].valid, patches[name].grid, spec["ratio"])
+                fields = {key: value for key, value in spec.items() if key not in ("kind", "ratio")}
+                valid, grid = patches[name].valid, patches[name].grid
+                masks[name] = masking.sample(
+                    spec["kind"], mine, valid, grid, spec["ratio"], fields, f"views.{view}.{name}"
+                )
         return self.model(patches, masks)
 
+    def _swap(self, view: str, outputs: Outputs, keys: Array, valid: Array) -> Outputs:
+        """Returns the outputs with one stream of each sample taken from another. valid: bool [B], who is in the batch."""
+        spec, encoded = self.views[view], outputs.encoded
+        name, among = spec["swap"], spec.get("among", 256)
+        there = {key: tokens.valid.any(1) & valid for key, tokens in encoded.items()}
+        if "hard" in spec:
+            anchor, candidate = self.objective[spec["hard"]].likeness(name, encoded)
+        else:
+            anchor = candidate = jnp.zeros((len(valid), 1), jnp.float32)
+        marks = [(pairing.fingerprint(p), there[key]) for key, p in outputs.patches.items() if p.classes]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(f"{view}/swap".encode()))
+        index, found = pairing.draw(keys, anchor, candidate, there[name], marks, among)
+        others = jnp.stack([value for key, value in there.items() if key != name]).any(0)
+        patches, masks = dict(outputs.patches), dict(outputs.masks)
+        values, seen = pairing.take((patches[name].values, patches[name].valid), index, among)
+        patches[name] = patches[name]._replace(values=values, valid=seen)
+        masks |= {name: pairing.take(masks[name], index, among)} if name in masks else {}
+        encoded = encoded | {name: pairing.take(encoded[name], index, among)}
+        swapped = found & there[name] & others
+        return Outputs(encoded, self.model.fuse(encoded), patches, masks, target=outputs, swapped=swapped)
+
     def look(self, batch: Batch, keys: Array, teacher: bool) -> dict:
-        """Returns view → Outputs for the views that objectives read and that are (not) a teacher's."""
+        """Returns view → Outputs for the views that objectives read and that are (not) the running average's.
+
+        Views of another model are not among them: their parameters are not here.
+        """
         patches = self.patches(batch)
         if self.spectrogram and "audio" in patches:
-            patch = self.model.encoder["audio"].patch
-            patches["audio"] = spec_augment(patches["audio"], patch, keys, self.spectrogram)
-        wanted = dict.fromkeys(objective.view for objective in self.objective.values())
-        return {
-            view: self._look(view, patches, keys)
+            patch, stride = self.model.encoder["audio"].windows
+            patches["audio"] = spec_augment(patches["audio"], patch, keys, self.spectrogram, stride)
+        wanted = dict.fromkeys(
+            view for o in self.objective.values() for view in (o.view, target_of(o)) if view is not None
+        )
+        seen = {
+            view: self._look(view, patches, keys, batch.valid)
             for view in wanted
-            if bool(self.views[view].get("teacher", False)) == teacher
+            if self.views[view].get("teacher", False) is teacher and "of" not in self.views[view]
         }
+        for view in wanted if not teacher else ():
+            of = self.views[view].get("of")
+            if of is not None:
+                whole = seen[of] if of in seen else self._look(of, patches, keys, batch.valid)
+                seen[view] = self._swap(view, whole, keys, batch.valid)
+        return seen
+
+    def head(self, name: str, seen: Mapping, batch: Batch) -> dict:
+        """Returns the features of one objective. seen: view → Outputs."""
+        objective = self.objective[name]
+        outputs, target = seen[objective.view], target_of(objective)
+        return objective.features(outputs if target is None else outputs._replace(target=seen.get(target)), batch)
 
     def features(self, batch: Batch, keys: Array, taught: Mapping) -> dict:
         """Returns objective → features. taught: the teacher's views, from `look`."""
         seen = {**self.look(batch, keys, False), **taught}
-        return {name: objective.features(seen[objective.view], batch) for name, objective in self.objective.items()}
+        return {name: self.head(name, seen, batch) for name in self.objective}
 
-    def loss(self, features: Mapping) -> tuple:
-        """Returns the weighted sum of the objectives' losses, and their metrics by name."""
-        total, metrics = 0.0, {}
+    def value(self, name: str, features: Mapping) -> Array:
+        """Returns the loss of one objective."""
+        return self.objective[name].loss(features)[0]
+
+    def loss(self, features: Mapping, norms: Mapping | None = None, memory: Mapping = MappingProxyType({})) -> tuple:
+        """Returns the sum of the objectives' losses, as `balance` weighs them, and their metrics by name.
+
+        memory: objective → its queue, for those that have one. norms: objective → norm of its loss's gradient, for the balance "gradient"; None: as "fixed".
+        """
+        values, metrics = {}, {}
         for name, objective in self.objective.items():
-            value, extra = objective.loss(features[name])
-            metrics |= {name: value} | {f"{name}/{key}": item for key, item in extra.items()}
-            total += objective.weight * value
+            past = (memory[name],) if name in memory else ()
+            values[name], extra = objective.loss(features[name], *past)
+            metrics |= {name: values[name]} | {f"{name}/{key}": item for key, item in extra.items()}
+        weights = {name: objective.weight for name, objective in self.objective.items()}
+        total = 0.0
+        if self.balance == "uncertainty":
+            factors = {name: jnp.exp(-self.doubt[name]) for name in values}
+            total = sum(weights[name] * self.doubt[name] for name in values)
+        elif self.balance == "gradient" and norms is not None:
+            mean = sum(weights[name] * norms[name] for name in values) / max(sum(weights.values()), 1e-30)
+            factors = {name: jnp.minimum(mean / jnp.maximum(norms[name], 1e-30), 100.0) for name in values}
+        else:
+            factors = dict.fromkeys(values, 1.0)
+        for name, value in values.items():
+            total += weights[name] * factors[name] * value
+            if self.balance != "fixed":
+                metrics[f"{name}/balance"] = jnp.float32(weights[name] * factors[name])
         return total, metrics
 
     def __call__(self, batch: Batch, keys: Array) -> tuple:
         """One pass with the model as its own teacher: initialises every parameter."""
+        if not self.objective:  # a published trunk
+            self.model(self.patches(batch), {})
         return self.loss(self.features(batch, keys, self.look(batch, keys, True)))
 
     def predict(self, batch: Batch, view: str | None = None, keys: Array | None = None) -> dict:
@@ -154,7 +281,7 @@ class Recipe(nn.Module):
         stands under `hidden/<modality>`; masks are drawn from `keys` [B].
         """
         patches = self.patches(batch)
-        outputs = self.model(patches, {}) if view is None else self._look(view, patches, keys)
+        outputs = self.model(patches, {}) if view is None else self._look(view, patches, keys, batch.valid)
         result = {}
         for name, objective in self.objective.items():
             if objective.view == view if view is not None else not objective.needs_hidden:
@@ -184,36 +311,182 @@ def sample_keys(key: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def loss_function(recipe: Recipe, accumulate: int = 1, augment: Callable | None = None) -> Callable:
-    """Returns loss(params, teacher, batch, key) → (scalar, metrics), for one global batch.
+def target_of(objective: nn.Module) -> str | None:
+    """Returns the teacher's view that an objective names, None: it has no such field."""
+    return getattr(objective, "target", None)
 
-    teacher: parameters of teacher views (the EMA); their gradient is zero.
+
+def blank_memory(recipe: Recipe) -> dict:
+    """Returns objective → its empty queue, for those that have one."""
+    objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in recipe.objectives.items()}
+    queues = {name: o.blank() for name, o in objectives.items() if isinstance(o, Contrastive)}
+    return {name: queue for name, queue in queues.items() if queue is not None}
+
+
+def loss_function(
+    recipe: Recipe, accumulate: int = 1, augment: Callable | None = None, teachers: Mapping[str, Trunk] | None = None
+) -> Callable:
+    """Returns loss(params, teacher, batch, key, frozen={}, measure=None, memory=None) → (scalar, metrics), for one batch.
+
+    teacher: parameters of the running average, which sees teacher views; their gradient is zero.
+    frozen: view → parameters of another model's trunk, for each of `teachers`; likewise.
+    measure: bool [], whether to compute the health panel (training/health.py), whose numbers else are not-a-number;
+    None: it is not in the metrics.
+    memory: objective → queue of past embeddings, see blank_memory; then (metrics, the queues after this step) stands in
+    place of metrics.
     augment: (batch, keys) → batch, before anything else.
     accumulate: the trunk runs over this many parts of the batch, one after the other, and again
     for the gradient, so that the activations of one part are held at a time. The loss is that of
     the whole batch, negatives and means included: exactly that of accumulate = 1.
     """
-    has_teacher = any(view.get("teacher", False) for view in recipe.views.values())
+    teachers = teachers or {}
+    has_teacher = any(view.get("teacher", False) is True for view in recipe.views.values())
+    objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in recipe.objectives.items()}
 
-    def features(params, teacher, batch, keys):
+    def in_parts(function, *rows):
+        """function(*rows), by part: its results are stacked on a first axis of `accumulate`."""
+        # Part a holds rows a, a + A, …: each device splits its own rows, nothing moves.
+        parts = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), rows
+        )
+        return jax.lax.map(jax.checkpoint(lambda part: function(*part)), parts)
+
+    def joined(parts):
+        """Stacked parts → rows of the whole batch, in its order."""
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+    def look(models, batch, keys):
+        """(view → Outputs, gates by name) of a part of the batch."""
+        params, teacher, frozen = models
         taught = {}
         if has_teacher:
-            frozen = jax.lax.stop_gradient(teacher)
-            taught = recipe.apply({"params": frozen}, batch, keys, True, method="look")
-        return recipe.apply({"params": params}, batch, keys, taught, method="features")
+            variables = {"params": jax.lax.stop_gradient(teacher)}
+            taught, _ = recipe.apply(variables, batch, keys, True, method="look", mutable=["layers"])
+        for view, trunk in teachers.items():
+            variables = {"params": jax.lax.stop_gradient(frozen[view])}
+            taught[view] = trunk.apply(variables, batch.inputs, batch.present, method="whole")
+        seen, sown = recipe.apply({"params": params}, batch, keys, False, method="look", mutable=["gates"])
+        return {**seen, **taught}, health.of_gates(sown.get("gates", {}))
 
-    def loss(params, teacher, batch, key):
+    def features(models, measured, batch, keys):
+        """(view → Outputs, objective → features, mean tokens, gates) of a part of the batch."""
+        seen, gates = look(models, batch, keys)
+        heads = {name: recipe.apply({"params": models[0]}, name, seen, batch, method="head") for name in objectives}
+        return seen, heads, *((_pooled(objectives, recipe.views, seen, batch), gates) if measured else ({}, {}))
+
+    def norms(models, features, seen, batch, keys):
+        """objective → norm of its loss's gradient, with respect to the tokens of the view that it reads.
+
+        seen: of the whole batch, None: it is looked at again, part by part.
+        """
+        params = {"params": models[0]}
+
+        def cotangent(name):
+            floats, rest = _split(features[name])
+            return jax.grad(lambda x: recipe.apply(params, name, _merge(x, rest), method="value"))(floats)
+
+        def squares(seen, batch, cotangents):
+            result = {}
+            for name, objective in objectives.items():
+                view = objective.view
+
+                def head(x, name=name, view=view):
+                    outputs = {**seen, view: _with_tokens(seen[view], x)}
+                    return _split(recipe.apply(params, name, outputs, batch, method="head"))[0]
+
+                _, pull = jax.vjp(head, _tokens(seen[view]))
+                result[name] = sum(
+                    jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(pull(cotangents[name]))
+                )
+            return result
+
+        cotangents = {name: cotangent(name) for name in objectives}
+        if seen is not None:
+            values = squares(seen, batch, cotangents)
+        else:
+            again = in_parts(
+                lambda batch, keys, c: squares(look(models, batch, keys)[0], batch, c), batch, keys, cotangents
+            )
+            values = {name: value.sum() for name, value in again.items()}
+        return {name: jnp.sqrt(value) for name, value in values.items()}
+
+    def loss(params, teacher, batch, key, frozen=None, measure=None, memory=None):
         keys = sample_keys(key, batch.index)
         batch = augment(batch, keys) if augment else batch
+        models = (params, teacher, frozen or {})
         if accumulate == 1:
-            value = features(params, teacher, batch, keys)
+            seen, heads, pooled, gates = features(models, measure is not None, batch, keys)
         else:
-            # Part a holds rows a, a + A, …: each device splits its own rows, nothing moves.
-            parts = jax.tree.map(
-                lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
-            )
-            part = jax.checkpoint(lambda parts: features(params, teacher, *parts))
-            value = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(part, parts))
-        return recipe.apply({"params": params}, value, method="loss")
+            heads, pooled, gates = in_parts(lambda *part: features(models, measure is not None, *part)[1:], batch, keys)
+            seen, (heads, pooled), gates = None, joined((heads, pooled)), jax.tree.map(jnp.mean, gates)
+        # Grids are numbers, and stay so.
+        still = jax.tree.map(
+            lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, (models, heads, seen, batch, keys)
+        )
+        sizes = norms(*still) if recipe.balance == "gradient" else None
+        value, metrics = recipe.apply({"params": params}, heads, sizes, memory or {}, method="loss")
+        if measure is not None:
+            weights = {name: metrics.get(f"{name}/balance", objectives[name].weight) for name in objectives}
+
+            def panel(pooled, gates, weights):
+                own = norms(*still) if sizes is None else sizes
+                return {
+                    **health.of_features(pooled),
+                    **health.of_pairs(_pairs(objectives, still[1])),
+                    **health.shares({name: jnp.abs(weights[name]) * own[name] for name in own}),
+                    **gates,
+                }
+
+            metrics = {**metrics, **health.when(measure, panel, pooled, gates, weights)}
+        if memory is not None:
+            return value, (metrics, {name: objectives[name].remember(memory[name], heads[name]) for name in memory})
+        return value, metrics
 
     return loss
+
+
+def _pooled(objectives: Mapping, views: Mapping, seen: Mapping, batch: Batch) -> dict:
+    """Mean tokens of the first view that a student sees: "<modality>/<stage>" → ([B D], there [B])."""
+    mine = [o.view for o in objectives.values() if not views[o.view].get("teacher")]
+    result = {}
+    for stage in ("encoded", "fused") if mine else ():
+        for name, tokens in getattr(seen[mine[0]], stage).items():
+            result[f"{name}/{stage}"] = (pool(tokens), tokens.valid.any(1) & batch.valid)
+    return result
+
+
+def _pairs(objectives: Mapping, features: Mapping) -> dict:
+    """Unit embeddings that a contrastive objective compares: "<one>-<two>" → ([B E], [B E], valid [B])."""
+    result = {}
+    for name, objective in objectives.items():
+        for one, two in objective.pairs if isinstance(objective, Contrastive) else ():
+            share = f"{one}-{two}" if objective.separate else "all"
+            mine, there = features[name]["embeddings"], features[name]["there"]
+            result.setdefault(f"{one}-{two}", (mine[one][share], mine[two][share], there[one] & there[two]))
+    return result
+
+
+def _split(tree) -> tuple[list, tuple]:
+    """A tree → its float arrays, and what `_merge` makes the tree of again."""
+    leaves, structure = jax.tree.flatten(tree)
+    mine = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    rest = [None if float_ else leaf for leaf, float_ in zip(leaves, mine)]
+    return [leaf for leaf, float_ in zip(leaves, mine) if float_], (rest, structure)
+
+
+def _merge(floats: list, rest: tuple):
+    others, structure = rest
+    given = iter(floats)
+    return jax.tree.unflatten(structure, [next(given) if leaf is None else leaf for leaf in others])
+
+
+def _tokens(outputs: Outputs) -> list:
+    return [{name: tokens.x for name, tokens in streams.items()} for streams in (outputs.encoded, outputs.fused)]
+
+
+def _with_tokens(outputs: Outputs, x: list) -> Outputs:
+    streams = [
+        {name: tokens._replace(x=values[name]) for name, tokens in streams.items()}
+        for streams, values in zip((outputs.encoded, outputs.fused), x)
+    ]
+    return outputs._replace(encoded=streams[0], fused=streams[1])

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import linen as nn
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import vmm
-from vmm.build import digest, plain, write_text
+from vmm.build import digest, write_text
 from vmm.data import media, text
 from vmm.data.loader import train_digests
 from vmm.errors import StorageError, UserError
@@ -20,11 +20,11 @@ from vmm.evaluate import grid, show
 from vmm.experiment import Experiment, numbers
 from vmm.model import Recipe
 from vmm.run import Run, commit, open_run, weights
+from vmm.source import FORMAT, Source, open_source
 from vmm.training.metrics import read_rows
-from vmm.weights import load_params, save_params
+from vmm.weights import parameter_tree, save_params
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
-_FORMAT = 1
 _CHUNK = 64  # clips embedded at a time
 
 
@@ -46,7 +46,8 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None) ->
         building.mkdir(parents=True)
         save_params(weights(run.state), building / "model.safetensors", {"step": str(run.step)})
         write_text(building / "config.json", json.dumps(_published_config(run), indent=2) + "\n")
-        shutil.copyfile(run.experiment.data.tokenizer, building / "tokenizer.json")
+        # Saved, not copied: its padding may stand in another file beside it.
+        write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
         write_text(building / "README.md", str(model_card(run)))
         # Only our own files are replaced: a folder may be a clone with a history.
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +71,10 @@ def _published_config(run: Run) -> dict:
     c = run.config
     return {
         "library_name": "vmm",
-        "format": _FORMAT,
+        "format": FORMAT,
         "version": vmm.__version__,
         "step": run.step,
-        "model": {key: c[key] for key in ("trunk", "views", "objectives")},
+        "model": {key: c[key] for key in ("trunk", "views", "objectives", "balance") if key in c},
         "clip": c["data"].get("clip", {}),
         "labels": c["data"].get("labels", {}),
     }
@@ -141,36 +142,17 @@ def _told(digests: dict) -> str:
     )
 
 
-def load_published(source: str) -> "Model":
-    """Returns the model of a published folder or Hub repository; see vmm.load."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _from_hub(str(source))
-    path = folder / "config.json"
-    try:
-        config = plain(json.loads(path.read_text(encoding="utf-8")))
-        known = config["library_name"] == "vmm" and config["format"] == _FORMAT
-        model, clip, labels = config["model"], config["clip"], config["labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: holds no model published by `vmm publish` (config.json: {error!r})") from None
-    if not known:
-        raise UserError(f"{path}: format {config['format']!r} is not known to vmm {vmm.__version__}; upgrade vmm")
-    # The published part of a config, within a config that trains nothing.
-    experiment = Experiment(
-        {"steps": 1, "batch": 1, **model, "optim": {"ema": 0.9},
-         "data": {"train": "", "tokenizer": str(folder / "tokenizer.json"), "clip": clip, "labels": labels}}
-    )  # fmt: skip
-    params = load_params(folder / "model.safetensors", nn.unbox(experiment.shapes))
-    return Model(experiment, params)
+def load_published(source: str | Path) -> "Model":
+    """Returns the model of a folder or Hub repository, ours or of a known family; see vmm.load."""
+    opened = open_source(source)
+    experiment = experiment_of(opened)
+    return Model(experiment, parameter_tree(opened.tensors, nn.unbox(experiment.shapes), source))
 
 
-def _from_hub(source: str) -> Path:
-    name, _, revision = source.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: neither a folder nor a model that can be had from the Hub ({line})") from None
+def experiment_of(source: Source) -> Experiment:
+    """Returns the published part of a config, within a config that trains nothing."""
+    data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, "labels": source.labels}
+    return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data})
 
 
 class Model:
@@ -180,7 +162,8 @@ class Model:
         self.experiment: Experiment = experiment
         self.recipe: Recipe = experiment.recipe
         self.params = params
-        self.tokenizer = text.load_tokenizer(experiment.data.tokenizer)
+        takes_text = "text" in experiment.modalities and experiment.data.tokenizer
+        self.tokenizer = text.load_tokenizer(experiment.data.tokenizer) if takes_text else None
         self._embed = jax.jit(lambda params, inputs: self.recipe.apply({"params": params}, inputs, method="embed"))
 
     def embed(self, video=None, audio=None, text=None) -> dict[str, np.ndarray]:
@@ -261,6 +244,8 @@ class Model:
     def _text(self, value) -> np.ndarray:
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"embed: text must be a string that is not empty, got {value!r}")
+        if self.tokenizer is None:
+            raise UserError("embed: the model was published without a tokenizer.json; put its own beside config.json")
         return text.encode(self.tokenizer, value, self.experiment.clip.text_length)
 
 

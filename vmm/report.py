@@ -16,7 +16,7 @@ from rich.table import Table
 from vmm.build import write_text
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import read_manifest
-from vmm.data.text import decode_ids, load_tokenizer
+from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
 from vmm.errors import StorageError, UserError
 from vmm.evaluate import Predict, grid, show
 from vmm.model import sample_keys
@@ -99,7 +99,8 @@ def _losses(metrics: list[dict]) -> str:
     names = [key for key in metrics[-1] if "/" not in key and isinstance(metrics[-1][key], float)]
     skip = {"gradient_norm", "learning_rate", "steps_per_second", "clips_per_second", "input_wait", "mfu", "loss"}
     total = ["loss", *(name for name in names if name not in skip)]
-    fine = [key for key in metrics[-1] if "/" in key and not key.endswith(("scale", "accuracy"))]
+    other = ("scale", "accuracy", "balance")
+    fine = [k for k in metrics[-1] if "/" in k and not k.startswith("health/") and not k.endswith(other)]
     figure, axes = plt.subplots(1, 2 if fine else 1, figsize=(10, 3.4), squeeze=False)
     for axis, keys in zip(axes[0], (total, fine)):
         for key in keys:
@@ -238,14 +239,16 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
             parts += [f'<div class="clip">{draw(run, three)}</div>' for three in pictures]
     if f"{name}/text" in said:
         tokenizer = load_tokenizer(run.experiment.data.tokenizer)
+        padding, special = padding_id(tokenizer), list(special_ids(tokenizer))
+        underscore = tokenizer.encode(" _", add_special_tokens=False).ids[0]
         lines = []
         for i in range(_CLIPS):
             ids = batch.inputs["text"][i]
             if batch.present["text"][i]:
                 guess, blank = ids.copy(), ids.copy()
                 hidden = said["hidden/text"][i]
-                guess[hidden] = np.where(ids[hidden] > 0, said[f"{name}/text"][i].argmax(-1), 0)
-                blank[hidden] = np.where(ids[hidden] > 3, tokenizer.encode(" _").ids[0], ids[hidden])
+                guess[hidden] = np.where(ids[hidden] != padding, said[f"{name}/text"][i].argmax(-1), padding)
+                blank[hidden] = np.where(np.isin(ids[hidden], special), ids[hidden], underscore)
                 lines.append(
                     "<tr>"
                     + "".join(f"<td>{html.escape(decode_ids(tokenizer, t))}</td>" for t in (ids, blank, guess))
@@ -257,13 +260,15 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
     return parts
 
 
-def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardised: bool) -> list[np.ndarray]:
+def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardised: bool | str) -> list[np.ndarray]:
     """Returns original, shown and reconstructed patches [N P], as floats (pixels −1 … 1)."""
     original = values.astype(np.float32) / 127.5 - 1.0 if values.dtype == np.uint8 else values
     shown, made = original.copy(), original.copy()
     shown[hidden] = original.min() if values.dtype != np.uint8 else 0.0
     if standardised:
-        guess = guess * original[hidden].std(-1, keepdims=True) + original[hidden].mean(-1, keepdims=True)
+        colours = 3 if standardised == "colour" and values.dtype == np.uint8 else 1
+        own, shape = original[hidden].reshape(len(hidden), -1, colours), guess.shape
+        guess = (guess.reshape(own.shape) * own.std(1, keepdims=True) + own.mean(1, keepdims=True)).reshape(shape)
     made[hidden] = guess
     return [original, shown, made]
 
@@ -282,12 +287,14 @@ def _draw_video(run: Run, three: list[np.ndarray]) -> str:
 
 def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
     encoder = run.experiment.recipe.bind({}).model.encoder["audio"]
-    frames, bins = encoder.patch
-    across = encoder.bins // bins
+    (frames, bins), (down, across) = encoder.windows
+    rows, columns = (frames - down + 1) // 2, (bins - across + 1) // 2  # the middle, where patches overlap
+    count = (encoder.bins - bins) // across + 1
     figure, axes = plt.subplots(1, 3, figsize=(10, 2), sharey=True)
     low, high = three[0].min(), three[0].max()
     for axis, patches, title in zip(axes, three, ("original", "shown", "reconstruction")):
-        mel = patches.reshape(-1, across, frames, bins).transpose(0, 2, 1, 3).reshape(-1, encoder.bins)
+        mel = patches.reshape(-1, count, frames, bins)[:, :, rows : rows + down, columns : columns + across]
+        mel = mel.transpose(0, 2, 1, 3).reshape(-1, count * across)
         axis.imshow(
             mel.T,
             origin="lower",
@@ -295,7 +302,7 @@ def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
             cmap="magma",
             vmin=low,
             vmax=high,
-            extent=(0, len(mel) * encoder.hop / encoder.sample_rate, 0, encoder.bins),
+            extent=(0, len(mel) * encoder.hop / encoder.sample_rate, 0, mel.shape[1]),
         )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("seconds")

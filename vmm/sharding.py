@@ -107,6 +107,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(names, x.shape, mesh))
 
 
+def batch_parts(size: int) -> int:
+    """Returns in how many parts the mesh that is set holds a batch axis of this size; no mesh: 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    return parts if size % parts == 0 else 1
+
+
 def place_state(boxed, mesh: Mesh):
     """Returns an abstract state, unboxed, every leaf with its sharding.
 

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from vmm.build import differences, load_config, plain, save_config
+from vmm.convert import warm_start
 from vmm.data.loader import Loader, bad_list, bad_summary
-from vmm.errors import NumericError, Preempted, UserError
+from vmm.errors import NumericError, Preempted, UserError, one_of
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
+from vmm.objectives import OBJECTIVES
 from vmm.run import weights
 from vmm.sharding import check_batch, make_mesh, place_batch, to_device
+from vmm.teachers import open_teachers
 from vmm.training.checkpoint import Checkpoints
 from vmm.training.metrics import MetricLog, ProgressLine, count_flops, peak_flops
 from vmm.training.runtime import RunLock, StopSignal, open_workdir, use_compilation_cache
@@ -36,9 +39,12 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
     use_compilation_cache()
     experiment = Experiment(config)
     c = experiment.config
+    if not c.objectives:
+        raise UserError(f"objectives: none given; {one_of('', OBJECTIVES)}")
     mesh = make_mesh(experiment.mesh)
     check_batch(c.batch, mesh, experiment.optim.accumulate)
-    program = experiment.program(mesh)
+    teachers = open_teachers(experiment, mesh)
+    program = experiment.program(mesh, teachers.trunks)
     open_workdir(workdir)
 
     with RunLock(workdir), StopSignal() as stop, jax.set_mesh(mesh):
@@ -48,6 +54,8 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         checkpoints = Checkpoints(workdir, c.keep)
         if checkpoints.latest is None:
             state, start = program.init(jax.random.key(c.seed)), 0
+            if c.init_from:
+                state = warm_start(state, experiment, c.init_from)
         else:
             saved = checkpoints.restore(program.shapes)
             state, start = saved.state, saved.step
@@ -68,7 +76,9 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         first_process = jax.process_index() == 0
         log = MetricLog(workdir, start, first_process)
         line = ProgressLine(start, c.steps, first_process)
-        flops = count_flops(program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh))
+        flops = count_flops(
+            program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh), *teachers.params
+        )
         clock = _Clock(c.batch, flops)
 
         # ---- the loop ----------------------------------------------------------------------------
@@ -79,7 +89,7 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
                 with clock.waiting():
                     batch = next(batches)
                 before = metrics
-                state, metrics = program.step(state, to_device(batch, mesh))
+                state, metrics = program.step(state, to_device(batch, mesh), *teachers.params)
                 if before is not None:
                     jax.block_until_ready(before)  # one step in flight, one being fed
                 stopping = _agree(stop.asked)
@@ -93,7 +103,8 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
                         )
                     speed = clock.lap(step)
                     if step % c.log_every == 0 or step == c.steps:
-                        log.write(step, last | speed)
+                        seen = {key: value for key, value in last.items() if measured(key, value)}
+                        log.write(step, seen | speed)
                     line.show(step, last["loss"], speed["clips_per_second"], clock.left(c.steps - step))
                 if saving:
                     checkpoints.save(state, step, step * c.batch)
@@ -116,6 +127,11 @@ def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
         if loader.bad:
             print(f"{len(loader.bad)} files could not be decoded ({bad_summary(loader.bad)}):\n{bad_list(loader.bad)}")
         return last
+
+
+def measured(key: str, value: float) -> bool:
+    """Whether a metric is of this step: the health panel's are not-a-number at the steps between."""
+    return not (key.startswith("health/") and math.isnan(value))
 
 
 class _Clock:

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     """One global batch, as the loader gives it and the device receives it.
 
     inputs: modality → array: video uint8 [B T H W C], audio float32 [B S] at 16 kHz in
-        [-1, 1], text int32 [B L] with 0 as padding.
+        [-1, 1], text int32 [B L], padded with the tokenizer's padding id.
     present: modality → bool [B], False where the sample has no such stream.
     labels: name → int32 [B], -1 where unknown.
     index: int32 [B], the sample's place in the order of the run: a pure function of
@@ -64,12 +64,20 @@ class Patches(NamedTuple):
     valid: bool [B N], False for padding and for a stream that the sample lacks.
     grid: the token grid, static: (t, h, w), (f, m) or (L,); its product is N.
     classes: size of the vocabulary when values are ids, else 0.
+
+    Several clips packed into each row (layers.packing) have more to say, else None; their grid bounds all of theirs:
+    segment: int32 [B N], which of the row's clips a token is of, −1: padding.
+    places: int32 [B N n], the token's place in its own clip's grid of n axes.
+    extents: int32 [B S n], the grid of each of the row's S clips, 0 where it has fewer.
     """
 
     values: Shaped
     valid: Bool
     grid: tuple
     classes: int
+    segment: Int | None = None
+    places: Int | None = None
+    extents: Int | None = None
 
 
 class Mask(NamedTuple):
@@ -95,9 +103,16 @@ class Outputs(NamedTuple):
 
     encoded: the streams after their encoders. fused: the same streams after fusion.
     patches: what the encoders were given, whole. masks: modality → Mask, for hidden streams only.
+    layers: modality → [B N D] of each block of its encoder, first to last; a teacher's views only.
+    target: what a teacher saw of the same batch, for an objective that names a `target`; where the view swaps a stream,
+        the view as it was before.
+    swapped: bool [B], which samples have a stream of another one; None: the view swaps nothing.
     """
 
     encoded: Streams
     fused: Streams
     patches: dict
     masks: dict
+    layers: dict | None = None
+    target: "Outputs | None" = None
+    swapped: Bool | None = None

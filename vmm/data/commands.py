@@ -18,10 +18,14 @@ def add(data) -> None:
     )
     world.set_defaults(run=_world)
 
-    tokenizer = data.add_parser("tokenizer", help="train a byte-pair tokenizer on a manifest's captions")
+    tokenizer = data.add_parser("tokenizer", help="train a tokenizer on a manifest's captions")
     tokenizer.add_argument("manifest", type=Path)
     tokenizer.add_argument("out", type=Path)
     tokenizer.add_argument("--vocabulary", type=int, default=512, help="entries at most (default %(default)s)")
+    tokenizer.add_argument(
+        "--kind", choices=("bpe", "wordpiece", "unigram"), default="bpe",
+        help="of CLIP, of BERT, or SentencePiece's, of SigLIP (default %(default)s)",
+    )  # fmt: skip
     tokenizer.set_defaults(run=_tokenizer)
 
     build = data.add_parser("build", help="turn files, tables or tars into shards and a manifest")
@@ -99,7 +103,7 @@ def _tokenizer(args) -> None:
     captions = [text for row in read_manifest(args.manifest) for text in row.captions]
     if not captions:
         raise UserError(f"dataset {args.manifest}: no clip has a caption, so there is nothing to train a tokenizer on")
-    tokenizer = train_tokenizer(captions, args.vocabulary)
+    tokenizer = train_tokenizer(captions, args.vocabulary, args.kind)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out))
     print(f"{args.out}: {tokenizer.get_vocab_size()} entries from {len(captions)} captions")

@@ -241,7 +241,7 @@ class Samples:
         present = {name: there and name in self.modalities for name, there in present.items()}
         if augment and augment.drop:
             present = _withhold(present, augment.drop, rng)
-        ids = np.zeros(clip.text_length, np.int32)
+        ids = np.full(clip.text_length, text.padding_id(self.tokenizer), np.int32)
         if present["text"]:
             ids = text.encode(self.tokenizer, caption, clip.text_length)
         shape = (clip.frames, clip.size, clip.size, 3)

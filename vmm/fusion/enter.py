@@ -1,7 +1,10 @@
 """What every fusion does first and last: bring streams to one width, mark whose they are; join and part them."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from vmm.layers import Dense, LayerNorm, vector
 from vmm.types import Streams
@@ -36,17 +39,20 @@ class Leave(nn.Module):
         }
 
 
-def join(streams: Streams) -> tuple:
-    """Returns (x [B ΣN D], valid [B ΣN]) of all streams in a row."""
-    tokens = list(streams.values())
-    return jnp.concatenate([t.x for t in tokens], axis=1), jnp.concatenate([t.valid for t in tokens], axis=1)
+def join(parts: Mapping[str, Array]) -> Array:
+    """Returns all streams' rows in a row: modality → [B N ...] → [B ΣN ...]."""
+    return jnp.concatenate(list(parts.values()), axis=1)
 
 
-def part(streams: Streams, x) -> Streams:
-    """Returns the streams with their rows of x in place of their own: the inverse of join."""
+def part(x: Array, like: Mapping[str, Array]) -> dict:
+    """Returns modality → its rows of x [B ΣN ...], counts and order as in `like`: the inverse of join."""
     parted, place = {}, 0
-    for name, tokens in streams.items():
-        count = tokens.x.shape[1]
-        parted[name] = tokens._replace(x=x[:, place : place + count])
-        place += count
+    for name, rows in like.items():
+        parted[name] = x[:, place : place + rows.shape[1]]
+        place += rows.shape[1]
     return parted
+
+
+def without(parts: Mapping, name: str) -> dict:
+    """Returns the other streams' parts."""
+    return {other: value for other, value in parts.items() if other != name}

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         x: Float[Array, "B Q D"],
         context: Float[Array, "B K C"] | None,
         valid: Bool[Array, "B K"],
-        mask: Bool[Array, "... Q K"] | None = None,
+        mask: Bool[Array, "... Q K"] | tuple | None = None,
         rotary: tuple | None = None,
     ) -> Float[Array, "B Q D"]:
         width = x.shape[-1]
@@ -76,5 +76,9 @@ class Attention(nn.Module):
         if rotary is not None:
             assert context is None or context is x, "rotary positions are of x alone"
             query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = attention(query, key, value, valid, mask, self.cap)
+        mixed = self.mix(query, key, value, valid, mask)
         return Dense((width,), ("heads", "head_dim", "embed"), inputs=2, name="out")(mixed)
+
+    def mix(self, query, key, value, valid, mask) -> Float[Array, "B Q A d"]:
+        """The attention itself; another kind replaces this and shares the projections."""
+        return attention(query, key, value, valid, mask, self.cap)

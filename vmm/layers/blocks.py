@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
 
 from vmm.build import make
@@ -62,7 +63,7 @@ class Block(nn.Module):
         valid: Bool[Array, "B Q"],
         context: Float[Array, "B C D"] | None = None,
         context_valid: Bool[Array, "B C"] | None = None,
-        mask: Bool[Array, "... Q K"] | None = None,
+        mask: Bool[Array, "... Q K"] | tuple | None = None,
         rotary: tuple | None = None,
     ) -> Float[Array, "B Q D"]:
         if self.norm not in ("pre", "post"):
@@ -70,7 +71,7 @@ class Block(nn.Module):
         pre = self.norm == "pre"
         norm_attention = LayerNorm(self.epsilon, name="norm_attention")
         norm_mlp = LayerNorm(self.epsilon, name="norm_mlp")
-        attention = Attention(self.heads, self.cap, name="attention")
+        attention = self.attend("attention")
         query = norm_attention(x) if pre else x
         keys, keys_valid = None, valid
         if context is not None:
@@ -84,6 +85,10 @@ class Block(nn.Module):
             x = norm_attention(x + attention(query, keys, keys_valid, mask, rotary))
             x = norm_mlp(x + mlp(x))
         return constrain(x, "batch", "tokens", None)
+
+    def attend(self, name: str) -> Attention:
+        """The block's attention; another kind of block replaces this."""
+        return Attention(self.heads, self.cap, name=name)
 
 
 def make_block(heads: int, ratio: float, spec: Mapping, name: str) -> Block:
@@ -114,7 +119,7 @@ class Repeat(nn.Module):
             return carry
         scanned = nn.scan(
             lambda module, carry, constants: (module(carry, constants), None),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "layers": 0, "gates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
@@ -133,7 +138,23 @@ class BlockLayer(nn.Module):
     @nn.compact
     def __call__(self, carry, constants):
         valid, mask, rotary = constants
-        return make_block(self.heads, self.ratio, self.block, "block")(carry, valid, mask=mask, rotary=rotary)
+        x = make_block(self.heads, self.ratio, self.block, "block")(carry, valid, mask=mask, rotary=rotary)
+        # For who asks for the collection "layers"; else nothing is kept.
+        self.sow("layers", "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return x
+
+
+def layers_of(sown: Mapping) -> list[Array]:
+    """Returns the blocks' outputs [B N D] of a module's collection "layers", in order."""
+
+    def number(path: tuple) -> list:
+        return [int(part) for name in path for part in name.split("_") if part.isdigit()]
+
+    flat = flatten_dict(sown)
+    result = []
+    for path in sorted(flat, key=number):
+        result += list(flat[path]) if "layers" in path else [flat[path]]
+    return result
 
 
 class Stack(nn.Module):

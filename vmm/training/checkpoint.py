@@ -139,6 +139,7 @@ def _copy(state: State) -> State:
 @jax.jit
 def _digest(x: jax.Array) -> jax.Array:
     x = x.reshape(-1)
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
     # Odd multipliers by place: every single flipped bit, and most swaps, change the sum.
     place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)

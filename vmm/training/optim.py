@@ -19,7 +19,8 @@ class Optim:
 
     learning_rate: peak. warmup: steps of linear rise from 0; then a cosine to
     `final` · learning_rate at the last step. clip: largest global norm of the gradient, 0: off.
-    ema: decay of the running average of parameters, 0: none.
+    ema: decay of the running average of parameters, 0: none. ema_end: it changes evenly to this by the last step (the
+    teacher's in V-JEPA, 0.998 to 1), 0: it stays.
     accumulate: parts a batch is computed in (memory for time; the result is the same).
     rate_rules, decay_rules: ordered (regex, multiplier) over parameter paths ("model/encoder_video/
     embed/kernel"); the first that matches counts, and every parameter must match one. A rate
@@ -35,6 +36,7 @@ class Optim:
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.0
+    ema_end: float = 0.0
     accumulate: int = 1
     rate_rules: Rules = ((".*", 1.0),)
     decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))
@@ -133,7 +135,14 @@ def make_optimizer(optim: Optim, params, steps: int) -> optax.GradientTransforma
     return optax.partition({"train": chain, "frozen": optax.set_to_zero()}, labels)
 
 
-def ema_update(ema, params, decay: float, step):
+def ema_decay(optim: Optim, step, steps: int):
+    """Returns the decay at a step of `steps`: ema + (ema_end − ema) · step / steps."""
+    if not optim.ema_end:
+        return optim.ema
+    return optim.ema + (optim.ema_end - optim.ema) * step.astype(jnp.float32) / steps
+
+
+def ema_update(ema, params, decay, step):
     """Returns the moved average: d · ema + (1 − d) · params, d = min(decay, (1 + step) / (10 + step)).
 
     The ramp (as in Polyak averaging of short runs) keeps the random start out of short averages.

@@ -1,6 +1,6 @@
 """State, and the one train step: jit with shardings, the old state donated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,25 +10,29 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vmm.sharding import batch_sharding, place_state
-from vmm.training.optim import Optim, ema_update, make_optimizer, schedule, trainable
+from vmm.training.health import of_gradient, when
+from vmm.training.optim import Optim, ema_decay, ema_update, make_optimizer, schedule, trainable
 
 
 class State(NamedTuple):
     """All that a run carries from step to step.
 
-    step: int32 []. params: float32 tree. optimizer: optax state. ema: as params, or () without.
+    step: int32 []. params: float32 tree. optimizer: optax state. ema: as params, or () without. memory: objective → queue
+    of past embeddings, {} without.
     """
 
     step: Any
     params: Any
     optimizer: Any
     ema: Any
+    memory: Any
 
 
 class Program(NamedTuple):
     """A run, compiled on demand.
 
-    shapes: State of ShapeDtypeStructs with their shardings. init: key → State. step: (state, batch) → (state, metrics).
+    shapes: State of ShapeDtypeStructs with their shardings. init: key → State.
+    step: (state, batch) → (state, metrics); with `frozen` (state, batch, parameters of other models) → the same.
     """
 
     shapes: State
@@ -37,16 +41,27 @@ class Program(NamedTuple):
 
 
 def make_program(
-    initialise: Callable, loss: Callable, optim: Optim, *, steps: int, seed: int, mesh: Mesh | None
+    initialise: Callable,
+    loss: Callable,
+    optim: Optim,
+    *,
+    steps: int,
+    seed: int,
+    mesh: Mesh | None,
+    health: int = 0,
+    frozen: bool = False,
+    memory: Mapping | None = None,
 ) -> Program:
     """Returns the run's program.
 
     Args:
       initialise: key → boxed parameters (as Linen's init gives, axes named).
-      loss: (params, teacher, batch, key) → (scalar, metrics).
+      loss: (params, teacher, batch, key) → (scalar, metrics); it also takes `measure` and `frozen` where these are used.
       optim: see Optim. steps: of the whole run, for the schedule.
       seed: randomness of step t is from (seed, t) alone.
       mesh: where it runs; None: no shardings, for tracing.
+      health: steps between measurements of the health panel, 0: none. frozen: whether other models teach this one.
+      memory: objective → empty queue of past embeddings; where there are any, the loss takes them and gives them back.
     """
     boxed = jax.eval_shape(initialise, jax.random.key(0))
     optimizer = make_optimizer(optim, boxed, steps)
@@ -56,30 +71,41 @@ def make_program(
     def init_boxed(key):
         params = initialise(key)
         # Moments mirror the parameters, boxes and all, and so get their shardings.
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params if optim.ema else ())
+        return State(
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), params if optim.ema else (), dict(memory or {})
+        )
 
     def init(key):
         # The average starts as a copy: one buffer must not be donated twice.
         return jax.tree.map(jnp.copy, nn.unbox(init_boxed(key)))
 
-    def step(state: State, batch):
+    def step(state: State, batch, *others):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        more = {"frozen": others[0]} if frozen else {}
+        measure = (state.step + 1) % health == 0 if health else None
+        if health:
+            more["measure"] = measure
+        if memory:
+            more["memory"] = state.memory
 
         def objective(params):
             params = jax.tree.map(lambda p, f: p if f else jax.lax.stop_gradient(p), params, free)
-            return loss(params, state.ema if optim.ema else params, batch, key)
+            return loss(params, state.ema if optim.ema else params, batch, key, **more)
 
-        (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (value, told), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        metrics, queues = told if memory else (told, state.memory)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = ema_update(state.ema, params, optim.ema, state.step) if optim.ema else ()
+        ema = ema_update(state.ema, params, ema_decay(optim, state.step, steps), state.step) if optim.ema else ()
+        if health:
+            metrics = {**metrics, **when(measure, of_gradient, gradient)}
         metrics = {
             "loss": value,
             **metrics,
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
         }
-        return State(state.step + 1, params, moments, ema), metrics
+        return State(state.step + 1, params, moments, ema, queues), metrics
 
     boxed_state = jax.eval_shape(init_boxed, jax.random.key(0))
     if mesh is None:
@@ -92,7 +118,8 @@ def make_program(
         jax.jit(init, out_shardings=shardings),
         jax.jit(
             step,
-            in_shardings=(shardings, batch_sharding(mesh)),
+            # Other models' parameters lie as they are given.
+            in_shardings=(shardings, batch_sharding(mesh), *((None,) if frozen else ())),
             out_shardings=(shardings, whole),
             donate_argnums=0,
         ),

@@ -1,5 +1,6 @@
-"""Weights as safetensors: parameter trees ↔ flat files; nothing is ever unpickled."""
+"""Weights as safetensors: parameter trees ↔ flat files, ours or in a published family's layout; nothing is ever unpickled."""
 
-from vmm.weights.tensors import load_params, save_params
+from vmm.weights.fit import Report, fit
+from vmm.weights.tensors import load_tensors, parameter_tree, save_params
 
-__all__ = ["load_params", "save_params"]
+__all__ = ["Report", "fit", "load_tensors", "parameter_tree", "save_params"]

