@@ -1,9 +1,9 @@
-"""CLIP4Clip / X-CLIP-style (Luo et al. 2022; Ma et al. 2022): CLIP's two towers on video, frames encoded apart and averaged.
+"""CLIP4Clip / X-CLIP-style (Luo et al. 2022; Ma et al. 2022): CLIP's two towers on video, frames encoded apart.
 
-The source starts from CLIP ViT-B/32 (give a folder or Hub name: `init_from=dict(video=CLIP, text=CLIP)`), takes 12 frames at
-one a second, averages the frames' embeddings, and fine-tunes with rate 1e-7 for CLIP's weights at batch 128, 5 epochs of
-MSR-VTT. Frames attend within themselves; the class token is one for the clip and sees them all. X-CLIP's products of frames
-and words are not here. Variants: small, S, B, L, H.
+The source starts from CLIP ViT-B/32, its projections and logit scale too (`init_from=CLIP`, a folder or Hub name), takes 12
+frames at one a second, averages the frames' embeddings, and fine-tunes with rate 1e-7 for CLIP's weights (here 1e-6) at batch
+128, 5 epochs of MSR-VTT. Here frames attend within themselves, and in place of the average one class token for the clip sees
+them all. X-CLIP's products of frames and words are not here. Variants: small, S, B, L, H.
 """
 
 from common import is_small, recipe, size
@@ -27,13 +27,13 @@ def get_config(variant: str = "") -> dict:
                 ),
                 text=dict(kind="text", causal=True, **style, **text),
             ),
-            fusion=dict(kind="late", width=encoder["width"], depth=0, heads=encoder["heads"]),
+            fusion=dict(kind="late", width=0, depth=0, heads=encoder["heads"]),
         ),
         views=dict(clean={}),
         objectives=dict(
             contrast=dict(
                 kind="contrastive", width=32 if small else 512, pairs=(("video", "text"),),
-                pooling=dict(video="mean", text="last"), scale=100.0,
+                pooling=dict(video="first", text="last"), scale=100.0,
             )
         ),
     )  # fmt: skip

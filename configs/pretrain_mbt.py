@@ -1,8 +1,8 @@
 """MBT (Nagrani et al. 2021, sec. 4): sight and sound classified through four bottleneck tokens, fused from layer 8 of 12.
 
-The source starts from ViT-B of ImageNet-21k (`init_from=dict(video=…, audio=…)`), samples 8 s, 32 frames in tubelets of
-one picture, and trains 50 epochs of VGGSound at batch 64 with SGD, rate 0.5, mixup of 0.3; here with AdamW. The logits of
-the streams are averaged, as there. Variants: small, S, B, L, H.
+The source starts from ViT-B of ImageNet-21k (`init_from=dict(video=…, audio=…)`), samples 8 s, 8 frames of
+them, and trains 50 epochs of VGGSound at batch 64 with SGD, rate 0.5, mixup of 0.3; here with AdamW. The logits of the
+streams are averaged, as there. Variants: small, S, B, L, H.
 """
 
 from common import WORLD_LABELS, is_small, layers, recipe, size

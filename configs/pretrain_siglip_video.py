@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> dict:
             contrast=dict(
                 kind="contrastive", variant="sigmoid", width=encoder["width"], pairs=(("video", "text"),),
                 pooling=dict(video="attention_mlp", text="last"), heads=encoder["heads"], project=dict(video="none", text="affine"),
-                scale=10.0, bias=-10.0, chunk=0 if small else 2048,
+                scale=10.0, max_scale=1000.0, bias=-10.0, chunk=0 if small else 2048,
             )
         ),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 The source: ViT-L and larger with 3-D rotary positions, 16 frames at 4 fps, 256 × 256, tubelets of 2 × 16 × 16; short-range
 masks of 8 blocks of 15 % of the picture and long-range ones of 2 blocks of 70 %, through the whole clip; a predictor of 12
 layers of width 384; L1; batch 3072, AdamW, rate 5.25e-4 after warm-up, decay 0.04, average 0.99925. A mask has one count of
-hidden tokens here, so blocks are filled up or cut to the `ratio`. Variants: small, S, B, L, H.
+hidden tokens here, so blocks are filled up or cut to the `ratio`, and each kind has its own
+predictor. Variants: small, S, B, L, H.
 """
 
 from common import is_small, recipe, size

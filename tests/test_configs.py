@@ -12,7 +12,7 @@ from vmm.experiment import Experiment
 FOLDER = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
 # What is not the full recipe and its small version.
-VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "world_latent.py": ("",)}
+VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "world_latent.py": ("", "small", "random")}
 
 
 def cases():

@@ -18,8 +18,9 @@ from vmm.experiment import Experiment
 from vmm.model import Trunk
 from vmm.run import open_run
 from vmm.sharding import make_mesh
+from vmm.teachers import open_teachers
 from vmm.train import train
-from vmm.weights import fit
+from vmm.weights import fit, save_params
 from vmm.weights.fit import resize_patches, unstack
 from vmm.weights.published import read_published
 
@@ -179,6 +180,31 @@ def test_a_run_starts_from_published_weights(published, tmp_path, world_folder, 
         train(config, tmp_path / "other")
 
 
+def test_a_teacher_of_images_shows_clips_its_table_resized(tmp_path, world_folder):
+    """Its learned positions are over one frame, the student's clips have four."""
+    image = trunk_of(dict(video=encoder(tubelet=(1, 12, 12), positions="learned")), late())
+    still = jnp.zeros((1, 1, 24, 24, 3), jnp.uint8)
+    flat = flat_parameters(image, still)
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    save_params(unflatten_dict(flat, sep="."), folder / "model.safetensors")
+    trunk = dict(encoders=image.encoders, fusion=image.fusion)
+    model = dict(trunk=trunk, views={}, objectives={})
+    told = dict(library_name="vmm", format=1, model=model, clip=dict(frames=1, size=24), labels={})
+    (folder / "config.json").write_text(json.dumps(told))
+    config = small_config(world_folder)
+    config["views"]["other"] = dict(teacher=str(folder))
+    config["objectives"] = dict(follow=dict(kind="distill", view="masked", target="other", of="pooled", width=WIDTH))
+    teachers = open_teachers(Experiment(config), None)
+    params = teachers.params[0]["other"]
+    table = params["encoder_video"]["positions"]["table"]
+    assert table.shape == (1, 2, 2, WIDTH)
+    # A still clip: every frame's tokens are as the picture's alone, but for who attends to whom.
+    look_at = jax.jit(lambda p, v: teachers.trunks["other"].apply({"params": p}, v, method=look(image, v)).encoded)
+    once, often = (look_at(params, jnp.repeat(still, n, axis=1))["video"].x for n in (1, 4))
+    np.testing.assert_allclose(often, jnp.tile(once, (1, 4, 1)), atol=1e-5)
+
+
 def test_bad_folders(published, tmp_path, capsys):
     out = tmp_path / "out"
 
@@ -217,10 +243,26 @@ def test_bad_folders(published, tmp_path, capsys):
 def test_what_a_family_cannot_say_is_no_export(tmp_path, published):
     ours = convert(published, tmp_path / "ours")
     config = json.loads((ours / "config.json").read_text())
-    config["model"]["trunk"]["encoders"]["video"]["block"]["norm"] = "post"
+    model = config["model"]
+    blocks = model["trunk"]["encoders"]["video"]["block"], model["objectives"]["pixels"]["block"]
+    for block in blocks:
+        block["norm"] = "post"
     (ours / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="cannot say"):
         convert(ours, tmp_path / "back", "videomae")
+    for block in blocks:
+        del block["norm"]
+    for key, value in (("positions", "sincos"), ("standardise", "patch"), ("context", ["video"])):
+        told = json.loads(json.dumps(config))
+        told["model"]["objectives"]["pixels"][key] = value
+        (ours / "config.json").write_text(json.dumps(told))
+        with pytest.raises(UserError, match=f"objectives.pixels.{key} must be"):
+            convert(ours, tmp_path / "back", "videomae")
+    # What is not written down is the default.
+    del model["trunk"]["encoders"]["video"]["block"], model["objectives"]["pixels"]["block"]
+    (ours / "config.json").write_text(json.dumps(config))
+    back = json.loads((convert(ours, tmp_path / "back", "videomae") / "config.json").read_text())
+    assert (back["hidden_act"], back["layer_norm_eps"]) == ("gelu_pytorch_tanh", 1e-6)
 
 
 def test_a_warm_start_needs_something_that_fits(published, tmp_path, world_folder):

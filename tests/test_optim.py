@@ -407,6 +407,7 @@ def test_wrong_views_are_errors():
         (dict(views=dict(clean={})), "no view 'masked'"),
         (dict(views=dict(clean={}, masked=dict(smell=dict(kind="tube", ratio=0.5)))), "no such modality"),
         (dict(views=dict(clean={}, masked=dict(video=dict(kind="tub", ratio=0.5)))), "unknown mask"),
+        (dict(views=dict(clean={}, masked=dict(video=0.5))), "views.masked.video: a mask is a group"),
         (dict(views=dict(clean={}, masked=dict(video=dict(kind="tube")))), "a kind and a ratio"),
     ):
         recipe = whole_recipe(**changes)

@@ -18,6 +18,8 @@ from vmm.build import differences, plain, write_text
 from vmm.encoders import ENCODERS
 from vmm.errors import StorageError, UserError, one_of
 from vmm.experiment import Experiment
+from vmm.fusion import FUSIONS
+from vmm.layers import Block
 from vmm.objectives import OBJECTIVES
 from vmm.publish import experiment_of
 from vmm.source import FORMAT, Source, open_source
@@ -29,6 +31,7 @@ from vmm.weights.published import write_published
 
 # What speeds a model up and leaves its numbers alone: no published layout speaks of it.
 _SPEED = ("scan", "remat", "dtype")
+_STYLE = ("norm", "activation", "epsilon", "cap")  # what a `block` group says; heads and ratio stand beside it
 
 
 def convert(source: str | Path, out: str | Path, to: str | None = None) -> Path:
@@ -128,12 +131,15 @@ def _filled(model: Mapping) -> dict:
                 made = field.default_factory is not dataclasses.MISSING
                 fields[field.name] = field.default_factory() if made else field.default
         filled = fields | dict(spec)
+        if "block" in filled:
+            filled["block"] = style | dict(filled["block"])
         return {key: value for key, value in filled.items() if value is not dataclasses.MISSING and key not in _SPEED}
 
+    style = {field.name: field.default for field in dataclasses.fields(Block) if field.name in _STYLE}
     trunk = model["trunk"]
     encoders = {name: fill(spec, ENCODERS) for name, spec in trunk["encoders"].items()}
     objectives = {name: fill(spec, OBJECTIVES) for name, spec in model["objectives"].items()}
-    fusion = {key: value for key, value in trunk["fusion"].items() if key not in _SPEED}
+    fusion = fill(trunk["fusion"], FUSIONS)
     return dict(model) | {"trunk": {"encoders": encoders, "fusion": fusion}, "objectives": objectives}
 
 
@@ -146,7 +152,12 @@ def warm_start(state: State, experiment: Experiment, init_from: str | Mapping[st
     Raises:
       UserError: a source cannot be read, lacks the modality, or nothing of it fits.
     """
-    flat = flatten_dict(nn.unbox(jax.device_get(state.params)), sep=".")
+    params = state.params
+    if jax.process_count() > 1:  # some of it lies on other hosts
+        from jax.experimental import multihost_utils
+
+        params = multihost_utils.process_allgather(params, tiled=True)
+    flat = flatten_dict(jax.device_get(params), sep=".")
     values = {name: np.asarray(value) for name, value in flat.items()}
     sources = {None: init_from} if isinstance(init_from, str) else dict(init_from)
     for modality, path in sources.items():

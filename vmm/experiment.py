@@ -94,6 +94,9 @@ class Experiment:
         self.recipe = Recipe(
             c.trunk, c.views, c.objectives, c.dtype, spectrogram if self.augment.spectrogram else None, c.balance
         )
+        for name, view in c.views.items():
+            if not isinstance(view, Mapping):
+                raise UserError(f"views.{name}: expected a group of keys, got {view!r}")
         self.mixup = make(MixUp, self.augment.mixup, "data.augment.mixup") if self.augment.mixup else None
         if self.mixup:
             self._check_mixup()

@@ -79,13 +79,13 @@ class Recipe(nn.Module):
     trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r, **its fields}, "teacher": who}; the
     teacher is True, the running average of this model, or the folder of a published one, which sees everything.
     Or {"of": another view, "swap": a modality}: that view's encoded streams, of which one is another sample's, are fused
-    again. The other is drawn of `among` neighbours in the batch (256; of its part, with accumulate), never one that lacks
+    again. The other is drawn of `among` neighbours in the batch (32; of its part, with accumulate), never one that lacks
     the modality or has the same text; "hard": the contrastive objective by whose logits, else evenly.
     objectives: name → spec of OBJECTIVES, each with the `view` it reads, its `weight` w, and for some a teacher's
     view, the `target`.
     spectrogram: SpecAugment of the sound while training; never in predict and embed.
     balance: how losses L are summed. "fixed": Σ w L. "uncertainty": Σ w (exp(−s) L + s), s learned, one a loss (Kendall
-    et al. 2018, eq. 10, s = ln 2σ² up to a constant): at rest exp(−s) = 1 / L. "gradient": Σ w c L, where c brings the
+    et al. 2018, twice eq. 7, s = ln σ²): at rest exp(−s) = 1 / L. "gradient": Σ w c L, where c brings the
     norm of each loss's gradient, at the tokens of its view, to the w-weighted mean of these norms (the aim of GradNorm,
     Chen et al. 2018, at every step anew); c is at most 100, and no gradient flows through it. It costs the backward
     pass of the heads once more, and with `accumulate` a forward pass too.
@@ -127,8 +127,8 @@ class Recipe(nn.Module):
                     raise UserError(
                         f"views.{view}.{key}: no such modality; {one_of(key, [*self.trunk['encoders'], 'teacher'])}"
                     )
-                if not {"kind", "ratio"} <= set(value):
-                    raise UserError(f"views.{view}.{key}: a mask has a kind and a ratio, got {sorted(value)}")
+                if not isinstance(value, Mapping) or not {"kind", "ratio"} <= set(value):
+                    raise UserError(f"views.{view}.{key}: a mask is a group of a kind and a ratio, got {value!r}")
                 if value["kind"] not in masking.MASKS:
                     raise UserError(
                         f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}"
@@ -184,7 +184,7 @@ class Recipe(nn.Module):
     def _swap(self, view: str, outputs: Outputs, keys: Array, valid: Array) -> Outputs:
         """Returns the outputs with one stream of each sample taken from another. valid: bool [B], who is in the batch."""
         spec, encoded = self.views[view], outputs.encoded
-        name, among = spec["swap"], spec.get("among", 256)
+        name, among = spec["swap"], spec.get("among", 32)
         there = {key: tokens.valid.any(1) & valid for key, tokens in encoded.items()}
         if "hard" in spec:
             anchor, candidate = self.objective[spec["hard"]].likeness(name, encoded)
@@ -337,7 +337,8 @@ def loss_function(
     augment: (batch, keys) → batch, before anything else.
     accumulate: the trunk runs over this many parts of the batch, one after the other, and again
     for the gradient, so that the activations of one part are held at a time. The loss is that of
-    the whole batch, negatives and means included: exactly that of accumulate = 1.
+    the whole batch, negatives and means included: exactly that of accumulate = 1, but for views that swap, whose
+    partners are of the part.
     """
     teachers = teachers or {}
     has_teacher = any(view.get("teacher", False) is True for view in recipe.views.values())

@@ -1,7 +1,8 @@
 """Streams of one sample put in the place of another's: mismatched clips, from which matching learns.
 
-Everything is by groups of neighbours in the batch, so that no device looks at all pairs, and tokens that change
-places mostly stay on their device; the same on any number of devices.
+Everything is by groups of neighbours in the batch, so that no device looks at all pairs; the same on any number of
+devices. A group within a device's rows moves nothing; the streams of one over several devices are gathered on each of
+them: for large tokens let `among` be no more than a device's rows.
 """
 
 import jax

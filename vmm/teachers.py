@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vmm.build import build
 from vmm.errors import UserError
@@ -52,10 +52,12 @@ def open_teachers(experiment: Experiment, mesh) -> Teachers:
         )["params"]
         shapes = nn.unbox(boxed)
         # Of a teacher with more streams, or heads, only what is shown here is taken.
-        wanted = set(flatten_dict(shapes, sep="."))
+        wanted = flatten_dict(shapes, sep=".")
         tensors = {name.removeprefix("model."): value for name, value in source.tensors.items()}
         tensors = {name: value for name, value in tensors.items() if name in wanted}
-        params[view] = parameter_tree(tensors, shapes, spec["teacher"])
+        # A learned table is over the grid that the teacher was made for, and resized where it is read.
+        wanted |= {name: value for name, value in tensors.items() if ".positions." in name}
+        params[view] = parameter_tree(tensors, unflatten_dict(wanted, sep="."), spec["teacher"])
         if mesh is not None:
             places = jax.tree.map(lambda leaf: leaf.sharding, place_state(boxed, mesh))
             params[view] = jax.device_put(params[view], places)

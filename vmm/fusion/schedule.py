@@ -40,6 +40,10 @@ class Schedule(nn.Module):
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         known = kinds()
+        if not self.layers:
+            raise UserError(f"trunk.fusion.layers: none given; {one_of('', known)}")
+        for kind in set(self.fields) - set(self.layers) & set(known):
+            raise UserError(f"trunk.fusion.fields.{kind}: no layer is of that kind; take it out or name it in layers")
         for key, named in (("layers", self.layers), ("fields", self.fields)):
             for kind in named:
                 if kind not in known:

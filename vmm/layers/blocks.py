@@ -1,10 +1,10 @@
 """Attention and MLP as a Transformer block; a block, depth times."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
@@ -16,7 +16,7 @@ from vmm.layers.dense import Dense, LayerNorm
 from vmm.sharding import constrain
 
 ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5)),  # by erfc, as in Flax, it takes 2.5 times as long
     "gelu_tanh": nn.gelu,
     "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "relu": nn.relu,

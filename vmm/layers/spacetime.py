@@ -381,8 +381,10 @@ def make_plan(spec: str | Mapping, heads: int) -> dict:
     """
     spec = {"kind": spec} if isinstance(spec, str) else spec
     kind, known = spec.get("kind"), [kind for kind in KINDS if not kind.startswith("factorised")]
+    if kind in KINDS and kind not in known:
+        raise UserError(f"attention: {kind!r} is of a whole encoder, not of a layer in a list; {one_of('', known)}")
     if kind not in known:
-        raise UserError(f"attention: unknown kind {kind!r} of a layer; {one_of(kind, known)}")
+        raise UserError(f"attention: unknown kind {kind!r} of a layer; {one_of(kind, KINDS)}")
     for key in spec:
         if key != "kind" and not (key == "heads" and kind == "mixed"):
             raise UserError(f"attention.{key}: no such key of {kind!r}; only 'mixed' has one, heads")

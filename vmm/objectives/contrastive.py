@@ -147,7 +147,7 @@ class Contrastive(nn.Module):
         return jnp.concatenate([parts.get(share, blank) for share in self.shares], axis=1) / math.sqrt(len(parts))
 
     def likeness(self, name: str, encoded: Streams) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
-        """Returns (a, b) with a_i · b_j the mean logit of sample i's other streams with sample j's stream `name`.
+        """Returns (a, b) with a_i · b_j ∝ the mean logit of sample i's other streams with sample j's stream `name`.
 
         The other streams are those that stand in a pair with it; no gradient.
         """

@@ -135,6 +135,9 @@ class Latent(nn.Module):
     def _target(self, outputs: Outputs, name: str) -> Float[Array, "B H D"]:
         """Returns what the teacher makes of the hidden tokens; no gradient goes there."""
         seen, count = outputs.target, outputs.patches[name].valid.shape[1]
+        if seen is None:  # while parameters are made: a teacher of another model is not at hand
+            width = getattr(outputs, self.stage)[name].x.shape[-1]
+            return jnp.zeros((*outputs.masks[name].hidden.shape, width), jnp.float32)
         if name in seen.masks:
             raise UserError(f"latent: views.{self.target} hides some of {name!r}; a teacher's view must show all of it")
         tokens: Tokens = getattr(seen, self.stage)[name]

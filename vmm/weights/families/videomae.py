@@ -2,7 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 
-from vmm.weights.families.common import IMAGENET_DEVIATION, IMAGENET_MEAN, transformer, transformer_to, video_model
+from vmm.errors import UserError
+from vmm.weights.families.common import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    agree,
+    transformer,
+    transformer_to,
+    video_model,
+)
 from vmm.weights.layout import Rule, block, linear, norm, patching, reshaped
 
 PREFIX = "videomae."
@@ -38,6 +46,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
             pixels=dict(
                 kind="masked",
                 modalities=("video",),
+                context=(),
                 width=c["decoder_hidden_size"],
                 depth=c["decoder_num_hidden_layers"],
                 heads=c["decoder_num_attention_heads"],
@@ -54,6 +63,13 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
 def config(model: Mapping) -> tuple[dict, frozenset[str]]:
     encoder, clip = model["trunk"]["encoders"]["video"], model["clip"]
     decoder = model["objectives"].get("pixels")
+    if decoder:
+        fixed = dict(kind="masked", modalities=("video",), context=(), positions="sincos_flat", enter_bias=False)
+        agree(decoder, "objectives.pixels", "videomae", **fixed, block=encoder["block"])
+        if decoder["standardise"] not in ("colour", False):
+            raise UserError(
+                f'export to videomae: objectives.pixels.standardise must be "colour" or False, got {decoder["standardise"]!r}'
+            )
     result = dict(
         model_type="videomae",
         architectures=["VideoMAEForPreTraining" if decoder else "VideoMAEModel"],

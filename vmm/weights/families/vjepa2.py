@@ -13,6 +13,7 @@ from vmm.weights.families.common import (
     IMAGENET_MEAN,
     activation_of,
     activation_to,
+    agree,
     late,
     require,
     square,
@@ -72,6 +73,9 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
 def config(model: Mapping) -> tuple[dict, frozenset[str]]:
     encoder, clip = model["trunk"]["encoders"]["video"], model["clip"]
     predictor = model["objectives"].get("latent")
+    if predictor:
+        fixed = dict(kind="latent", modalities=("video",), positions="rotary_vjepa2", block=encoder["block"])
+        agree(predictor, "objectives.latent", "vjepa2", **fixed)
     result = dict(
         model_type="vjepa2",
         architectures=["VJEPA2Model"],
