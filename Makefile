@@ -35,7 +35,13 @@ demo: setup
 	@$(BIN)/vmm publish $(RUN) $(RUN)/published
 	@$(BIN)/vmm report $(RUN) $(foreach study,$(wildcard runs/0001-fusion*/table.json),--ablation $(dir $(study)))
 
-test: setup lint
+# What published weights are compared with; the demo does not need it.
+$(BIN)/.ready-peers: $(BIN)/.ready-$(JAX_EXTRA) requirements-peers.txt
+	@echo "installing PyTorch and transformers into $(VENV), for tests against them"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+test: $(BIN)/.ready-peers lint
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Beam wants other versions of common libraries: it has an environment of its own.

@@ -13,7 +13,7 @@ def get_config(variant: str = "") -> dict:
     width, depth, heads = (32, 1, 2) if small else (64, 2, 4)
     encoder = dict(width=width, depth=depth, heads=heads)
     predictor = dict(kind="latent", view="masked", target="target", width=width // 2, depth=1 if small else 2, heads=2)
-    steps = 20 if small else 1 if random else 500
+    steps = 20 if small else 1 if random else 1000
     root = "data/world"
     return dict(
         seed=0,
@@ -28,13 +28,12 @@ def get_config(variant: str = "") -> dict:
             fusion=dict(kind="joint", width=width, depth=1, heads=heads),
         ),
         views=dict(
-            masked=dict(
-                video=dict(kind="multiblock", ratio=0.75, blocks=4, scale=0.3),
-                audio=dict(kind="multiblock", ratio=0.6, blocks=2, scale=0.3),
-            ),
+            masked=dict(video=dict(kind="block", ratio=0.6), audio=dict(kind="block", ratio=0.5)),
             target=dict(teacher=True),
         ),
-        objectives=dict(own=dict(stage="encoded", **predictor), joint=dict(stage="fused", **predictor)),
+        objectives=dict(
+            own=dict(stage="encoded", layers=1 if small else 2, **predictor), joint=dict(stage="fused", **predictor)
+        ),
         optim=dict(
             learning_rate=0.0 if random else 1e-3,
             warmup=0 if random else steps // 10,

@@ -28,6 +28,19 @@ def add(bench) -> None:
     data.add_argument("--device-cores", type=int, default=16, help="cores for each device (default %(default)s)")
     data.set_defaults(run=_data)
 
+    peers = bench.add_parser("peers", help="a VideoMAE training step against transformers on PyTorch, on one core")
+    peers.add_argument("--size", choices=("tiny", "small", "base"), default="small", help="default %(default)s")
+    peers.add_argument("--rounds", type=int, default=10, help="paired, in turn (default %(default)s)")
+    peers.add_argument("--batch", type=int, default=1, help="clips a step (default %(default)s)")
+    peers.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    peers.set_defaults(run=_peers)
+
+
+def _peers(args) -> None:
+    from vmm.bench.peers import bench_peers
+
+    bench_peers(args.size, args.rounds, args.batch, args.json)
+
 
 def _data(args) -> None:
     from vmm.bench.data import Settings, bench_data
