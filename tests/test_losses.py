@@ -127,7 +127,15 @@ def test_every_function_has_a_case():
         for name, value in vars(losses).items()
         if inspect.isfunction(value) and value.__module__ == losses.__name__ and not name.startswith("_")
     }
-    assert public == {name.split(",")[0] for name in CASES}
+    assert public == {name.split(",")[0] for name in CASES} | {"mean_error"}  # of a tree: below
+
+
+def test_mean_error_is_over_items_then_over_modalities():
+    sums = {"video": ([6.0, 2.0], [2.0, 2.0]), "audio": ([5.0, 0.0], [1.0, 0.0]), "text": ([0.0, 0.0], [0.0, 0.0])}
+    features = {name: {"error": jnp.array(e), "count": jnp.array(c)} for name, (e, c) in sums.items()}
+    value, means = losses.mean_error(features)
+    assert {name: float(mean) for name, mean in means.items()} == {"video": 2.0, "audio": 5.0, "text": 0.0}
+    assert float(value) == pytest.approx(7.0 / 3)
 
 
 def arguments(floats: dict, others: dict) -> list:

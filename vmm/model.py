@@ -313,7 +313,8 @@ def sample_keys(key: Array, index: Array) -> Array:
 
 def target_of(objective: nn.Module) -> str | None:
     """Returns the teacher's view that an objective names, None: it has no such field."""
-    return getattr(objective, "target", None)
+    # Not by getattr: of a field that is not there it would set up the module, which asks for parameters.
+    return objective.target if "target" in type(objective).__dataclass_fields__ else None
 
 
 def blank_memory(recipe: Recipe) -> dict:
