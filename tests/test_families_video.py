@@ -212,9 +212,11 @@ class CavMae(torch.nn.Module):
             setattr(self, f"patch_embed_{stream}", torch.nn.ModuleDict(dict(proj=conv)))
             setattr(self, f"modality_{stream}", torch.nn.Parameter(torch.zeros(1, 1, width)))
             setattr(self, f"pos_embed_{stream}", torch.nn.Parameter(torch.zeros(1, counts[stream], width)))
-        make = lambda depth: torch.nn.ModuleList(  # noqa: E731
-            [CavMaeBlock(width, c["num_attention_heads"], c["intermediate_size"]) for _ in range(depth)]
-        )
+
+        def make(depth):
+            blocks = [CavMaeBlock(width, c["num_attention_heads"], c["intermediate_size"]) for _ in range(depth)]
+            return torch.nn.ModuleList(blocks)
+
         self.blocks_a, self.blocks_v = make(c["modality_specific_depth"]), make(c["modality_specific_depth"])
         self.blocks_u = make(c["joint_depth"])
         self.norm, self.norm_a, self.norm_v = (torch.nn.LayerNorm(width) for _ in range(3))

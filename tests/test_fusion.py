@@ -335,7 +335,10 @@ def test_gates_are_reported_to_who_asks(kind: str, scan: bool):
     module = fusion_of(kind, scan=scan, remat=True, **fields)
     streams = streams_of(MODALITIES[:2])
     params = parameters(module, streams)
-    apply = lambda params, **asked: module.apply({"params": params}, streams, **asked)  # noqa: E731
+
+    def apply(params, **asked):
+        return module.apply({"params": params}, streams, **asked)
+
     assert "gates" not in jax.eval_shape(module.init, jax.random.key(0), streams)
     assert isinstance(jax.eval_shape(apply, params), dict), "streams alone"
     fused, sown = compiled(lambda params: apply(params, mutable=["gates"]))(params)

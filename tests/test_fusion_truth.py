@@ -154,7 +154,10 @@ def mixed_gates(p, name, h, company):
 def mixed(p, xs, at, carried):
     h = {name: numpy_norm(p[f"norm_{name}"], x) for name, x in xs.items()}
     q, k, v = ({name: split(p[f"{part}_{name}"], y) for name, y in h.items()} for part in ("query", "key", "value"))
-    join = lambda parts: np.concatenate(list(parts))  # noqa: E731
+
+    def join(parts):
+        return np.concatenate(list(parts))
+
     z = split(p["query_latents"], numpy_norm(p["norm_latents"], p["latents"]))
     z = numpy_norm(p["norm_global"], merge(p["out_latents"], attend(z, join(k.values()), join(v.values()))))
     result = {}

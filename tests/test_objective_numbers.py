@@ -130,7 +130,10 @@ def test_generate_takes_the_likeliest_token_until_the_end():
     ids = np.zeros((ROWS, length), np.int32)
     for place in range(length):
         ids[:, place] = np.asarray(logits(jnp.asarray(ids)))[:, place].argmax(-1)
-    generate = lambda end: jax.jit(lambda: module.apply(params, outputs, end, length, method="generate"))()  # noqa: E731
+
+    def generate(end):
+        return jax.jit(lambda: module.apply(params, outputs, end, length, method="generate"))()
+
     np.testing.assert_array_equal(generate(-1), ids)
     end = int(ids[0, 2])  # as if that token were the end of the text
     ended = np.cumsum(ids == end, axis=1) - (ids == end) > 0
@@ -303,7 +306,10 @@ def draws(rounds: int, anchor, candidate, able, marks, among: int) -> np.ndarray
     """How often each sample j was drawn for each i, and −1 where none was: counts [B B]; every round anew."""
     rows = len(able)
     keys = jax.random.split(jax.random.key(3), (rounds, rows))
-    one = lambda keys: pairing.draw(keys, anchor, candidate, able, marks, among)  # noqa: E731
+
+    def one(keys):
+        return pairing.draw(keys, anchor, candidate, able, marks, among)
+
     index, found = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
     counts = np.zeros((rows, rows), int)
     for i in range(rows):
@@ -366,7 +372,10 @@ def test_matching_fuses_each_clip_with_another_text():
     @jax.jit
     def both(params, batch):
         seen = recipe.apply({"params": params}, batch, keys_of(batch), False, method="look")
-        loss = lambda p: recipe.apply({"params": p}, batch, keys_of(batch))  # noqa: E731
+
+        def loss(p):
+            return recipe.apply({"params": p}, batch, keys_of(batch))
+
         (_, metrics), slope = jax.value_and_grad(loss, has_aux=True)(params)
         return seen["mixed"]._replace(patches={}), seen["mixed"].patches["text"].values, metrics, slope
 

@@ -176,7 +176,10 @@ def test_rows_that_only_fill_a_batch_change_nothing(kind: str, fields: tuple):
     arrays = arrays_of(outputs)
     clean = function(params, arrays, batch)
     strange, strange_batch = view_of({name: np.ones(ROWS, bool) for name in SOME}, LAST_IS_FILLING, seed=9)
-    mix = lambda ours, theirs: jax.tree.map(lambda a, b: a.at[-1].set(b[-1]), ours, theirs)  # noqa: E731
+
+    def mix(ours, theirs):
+        return jax.tree.map(lambda a, b: a.at[-1].set(b[-1]), ours, theirs)
+
     dirty_batch = mix(batch, strange_batch)
     dirty = function(params, mix(arrays, arrays_of(strange)), dirty_batch)
     assert_trees_close(dirty, clean, 1e-6)
@@ -191,9 +194,10 @@ def test_absent_streams_and_padding_change_no_loss(kind: str, fields: tuple):
     outputs, batch = view_of(SOME, LAST_IS_FILLING)
     encoded, fused, patches, masks, (taught, taught_fused, layers) = arrays_of(outputs)
     clean = function(params, arrays_of(outputs), batch)
-    wild = lambda streams: {  # noqa: E731
-        k: t._replace(x=jnp.where(t.valid[..., None], t.x, 1e3)) for k, t in streams.items()
-    }
+
+    def wild(streams):
+        return {k: t._replace(x=jnp.where(t.valid[..., None], t.x, 1e3)) for k, t in streams.items()}
+
     moved = {}
     for name, (values, valid) in patches.items():
         mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))

@@ -122,4 +122,4 @@ def test_parts_of_a_batch_give_the_same_queue(world_folder):
 def test_a_queue_wants_no_chunks():
     objective = Contrastive(queue=4, chunk=4)
     with pytest.raises(UserError, match="chunk 0 with it"):
-        objective.bind({}).modalities, objective.bind({}).pool  # noqa: B018
+        _ = objective.bind({}).pool

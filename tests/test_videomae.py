@@ -75,7 +75,10 @@ def block_of(prefix: str) -> dict:
 def names() -> dict:
     """Our path → (their name, how their array becomes ours), of every parameter."""
     encoder, decoder = ("trunk", "encoder_video"), ("objective", "video")
-    conv = lambda v: v.transpose(2, 3, 4, 1, 0).reshape(-1, WIDTH)  # noqa: E731
+
+    def conv(v):
+        return v.transpose(2, 3, 4, 1, 0).reshape(-1, WIDTH)
+
     result = {
         (*encoder, "embed", "kernel"): ("videomae.embeddings.patch_embeddings.projection.weight", conv),
         (*encoder, "embed", "bias"): ("videomae.embeddings.patch_embeddings.projection.bias", np.asarray),
@@ -116,7 +119,10 @@ def test_loss_and_every_gradient_are_those_of_transformers():
         modalities=("video",), width=DECODER, depth=2, heads=HEADS, ratio=2.0, standardise="colour",
         positions="sincos_flat", block=BLOCK, enter_bias=False,
     )  # fmt: skip
-    places = lambda shown: np.stack([np.flatnonzero(row) for row in shown]).astype(np.int32)  # noqa: E731
+
+    def places(shown):
+        return np.stack([np.flatnonzero(row) for row in shown]).astype(np.int32)
+
     mask = Mask(jnp.asarray(places(~hidden)), jnp.asarray(places(hidden)))
     there = jnp.ones(ROWS, bool)
     batch = Batch(dict(video=jnp.asarray(video)), dict(video=there), {}, jnp.arange(ROWS, dtype=jnp.int32), there)

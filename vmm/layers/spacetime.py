@@ -69,7 +69,10 @@ class Layout:
 
     def without_registers(self) -> "Layout":
         """Returns the layout of the other tokens alone."""
-        cut = lambda array: None if array is None else array[:, self.registers :]  # noqa: E731
+
+        def cut(array):
+            return None if array is None else array[:, self.registers :]
+
         arrays = {name: cut(getattr(self, name)) for name in ("places", "segment", "extents")}
         return dataclasses.replace(self, registers=0, **arrays)
 
@@ -103,7 +106,10 @@ def prepend_each(registers: Float[Array, "R D"], x, valid, at, layout: Layout) -
     there = ((clip[:, None] == jnp.arange(segments)[:, None]) & valid[:, None]).any(-1)
     x, _, at = prepend(jnp.tile(registers, (segments, 1)), x, valid, at)
     valid = jnp.concatenate([jnp.repeat(there, count, axis=1), valid], axis=1)
-    put = lambda first, array: jnp.concatenate([first.astype(array.dtype), array], axis=1)  # noqa: E731
+
+    def put(first, array):
+        return jnp.concatenate([first.astype(array.dtype), array], axis=1)
+
     batch, total = valid.shape[0], count * segments
     arrays = dict(places=put(jnp.full((batch, total, 3), -1), layout.places))
     if layout.segment is not None:

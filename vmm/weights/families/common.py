@@ -83,13 +83,13 @@ def late(encoder: Mapping) -> dict:
     return dict(kind="late", width=encoder["width"], depth=0, heads=encoder["heads"])
 
 
-def video_model(encoder: Mapping, config: Mapping) -> dict:
-    """Returns the model of a video encoder alone, for clips of config.json's num_frames and image_size."""
+def video_model(encoder: Mapping, frames: int, size: int) -> dict:
+    """Returns the model of a video encoder alone, for clips of so many frames of size × size."""
     return dict(
         trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
         views={},
         objectives={},
-        clip=dict(frames=config["num_frames"], size=square(config, "image_size")),
+        clip=dict(frames=frames, size=size),
     )
 
 

@@ -7,6 +7,7 @@ from vmm.weights.families.common import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
     agree,
+    square,
     transformer,
     transformer_to,
     video_model,
@@ -39,7 +40,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         mean=IMAGENET_MEAN,
         deviation=IMAGENET_DEVIATION,
     )
-    model = video_model(encoder, c)
+    model = video_model(encoder, c["num_frames"], square(c, "image_size"))
     if "decoder" in parts:
         model["views"] = dict(masked=dict(video=dict(kind="tube", ratio=0.9)))
         model["objectives"] = dict(

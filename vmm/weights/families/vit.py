@@ -7,11 +7,11 @@ from vmm.weights.families.common import (
     agree,
     classifier,
     classifier_to,
-    late,
     require,
     square,
     transformer,
     transformer_to,
+    video_model,
 )
 from vmm.weights.layout import Rule, block, class_token, linear, norm, patching
 
@@ -32,15 +32,8 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
     c = _DEFAULTS | dict(config)
     require(c, "vit", num_channels=3)
     encoder = image_encoder(c, HALF, HALF)
-    model = dict(
-        trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
-        views={},
-        objectives={},
-        clip=dict(frames=1, size=size_of(c)),
-    )
-    if "head" in parts:
-        model |= classifier(c)
-    return model
+    model = video_model(encoder, 1, size_of(c))
+    return model | classifier(c) if "head" in parts else model
 
 
 def config(model: Mapping) -> tuple[dict, frozenset[str]]:

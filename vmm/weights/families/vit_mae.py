@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vmm.errors import UserError
-from vmm.weights.families.common import IMAGENET_DEVIATION, IMAGENET_MEAN, agree, late, require
+from vmm.weights.families.common import IMAGENET_DEVIATION, IMAGENET_MEAN, agree, require, video_model
 from vmm.weights.families.vit import grid_of, image_encoder, image_rules, image_to, layers, size_of
 from vmm.weights.layout import Rule, linear, norm, reshaped
 
@@ -37,12 +37,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
     c = _DEFAULTS | dict(config)
     require(c, "vit_mae", num_channels=3)
     encoder = image_encoder(c, IMAGENET_MEAN, IMAGENET_DEVIATION)
-    model = dict(
-        trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
-        views={},
-        objectives={},
-        clip=dict(frames=1, size=size_of(c)),
-    )
+    model = video_model(encoder, 1, size_of(c))
     if "decoder" in parts:
         pixels = dict(
             kind="masked",

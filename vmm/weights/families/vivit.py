@@ -42,7 +42,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         mean=_MEAN,
         deviation=_DEVIATION,
     )
-    model = video_model(encoder, c)
+    model = video_model(encoder, c["num_frames"], square(c, "image_size"))
     return model | classifier(c) if "head" in parts else model
 
 
