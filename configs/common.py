@@ -31,11 +31,15 @@ def world_evals(root: str = "data/world") -> dict:
     )
 
 
+def check(variant: str, *known: str) -> None:
+    """Raises ValueError: the recipe has no such variant; "" is the recipe itself."""
+    if variant not in ("", *known):
+        raise ValueError(f"no variant {variant!r} of this recipe; known: {', '.join(known)}")
+
+
 def is_small(variant: str) -> bool:
     """Whether the variant is "small": the same recipe on a laptop, on the synthetic world."""
-    known = ("", "small", *SIZES)
-    if variant not in known:
-        raise ValueError(f"no variant {variant!r} of this recipe; known: {', '.join(known[1:])}")
+    check(variant, "small", *SIZES)
     return variant == "small"
 
 

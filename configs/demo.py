@@ -7,10 +7,11 @@ Each pair has its own share of the space: a caption tells of both, and sound, le
 else fill it (experiments/LOG.md).
 """
 
-from common import world_data, world_evals
+from common import check, world_data, world_evals
 
 
 def get_config(variant: str = "") -> dict:
+    check(variant, "small")
     small = variant == "small"  # the same shape of run, in seconds: for a look, and for tests
     width, depth, heads = (32, 1, 2) if small else (128, 3, 4)
     encoder = dict(width=width, depth=depth, heads=heads)

@@ -6,10 +6,11 @@ bfloat16, scanned and rematerialised layers, parameters sharded. `small` runs th
 on the synthetic world.
 """
 
-from common import world_data, world_evals
+from common import check, world_data, world_evals
 
 
 def get_config(variant: str = "") -> dict:
+    check(variant, "small")
     small = variant == "small"
     width, depth, fused, heads = (32, 1, 2, 2) if small else (768, 8, 4, 12)
     encoder = dict(width=width, depth=depth, heads=heads, scan=True, remat=True)

@@ -4,12 +4,13 @@ Two layers of fusion, whatever its kind: a bottleneck needs two, one to write an
 is smaller and shorter.
 """
 
-from common import WORLD_LABELS, world_data
+from common import WORLD_LABELS, check, world_data
 
 FACTS = ("video", "audio", "either", "both", "order", "sync")
 
 
 def get_config(variant: str = "") -> dict:
+    check(variant, "quick")
     quick = variant == "quick"
     width, heads = (64, 4) if quick else (96, 4)
     encoder = dict(width=width, depth=1 if quick else 2, heads=heads)

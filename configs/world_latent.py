@@ -5,10 +5,11 @@ hidden places: each stream's own after its encoder, and both after the fusion, w
 what the features hold; `random` is the same model untrained, to hold them against; `small` runs in seconds.
 """
 
-from common import WORLD_LABELS, world_data
+from common import WORLD_LABELS, check, world_data
 
 
 def get_config(variant: str = "") -> dict:
+    check(variant, "small", "random")
     small, random = variant == "small", variant == "random"
     width, depth, heads = (32, 1, 2) if small else (64, 2, 4)
     encoder = dict(width=width, depth=depth, heads=heads)

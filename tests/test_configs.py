@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from vmm.build import load_config
+from vmm.errors import UserError
 from vmm.experiment import Experiment
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -30,6 +31,12 @@ def test_config_traces_a_train_step(name: str, variant: str, world_folder):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     for objective in config["objectives"]:
         assert objective in metrics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_that_is_not_there_is_one_line(name: str):
+    with pytest.raises(UserError, match="no variant 'smal'"):
+        load_config(f"{FOLDER / name}:smal")
 
 
 def test_full_size_is_full_size():

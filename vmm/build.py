@@ -111,7 +111,10 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
         except json.JSONDecodeError as error:
             raise UserError(f"config {path}: not valid JSON ({error})") from None
     else:
-        config = plain(_run(file).get_config(variant))
+        try:
+            config = plain(_run(file).get_config(variant))
+        except ValueError as error:  # what a config says of a variant that it has not
+            raise UserError(f"config {reference}: {error}") from None
     for override in overrides:
         _override(config, override)
     return config
