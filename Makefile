@@ -10,11 +10,12 @@ JAX_EXTRA ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda1
 	elif ls /dev/accel* >/dev/null 2>&1 || [ -n "$$TPU_NAME$$TPU_WORKER_ID" ]; then echo tpu; else echo cpu; fi)
 EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]")
 
-.PHONY: help setup demo test test-beam lint clean
+.PHONY: help setup demo test test-beam libtpu lint clean
 
 help:
 	@echo "make demo   the whole way on a synthetic world: data, training, evaluation, publishing, report"
 	@echo "make test   all tests; make test-beam: those of the optional Apache Beam extra"
+	@echo "make libtpu what vmm plan compiles for TPUs with (make test does it too)"
 	@echo "make lint   what pre-commit runs"
 	@echo "make clean  removes the environment, the demo's data and run"
 
@@ -41,7 +42,18 @@ $(BIN)/.ready-peers: $(BIN)/.ready-$(JAX_EXTRA) requirements-peers.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
-test: $(BIN)/.ready-peers lint
+# libtpu, of the version that this JAX names, for `vmm plan`: in a folder of its own, where no other command loads it.
+$(VENV)/libtpu/.ready: $(BIN)/.ready-$(JAX_EXTRA) requirements-plan.txt
+	@echo "installing libtpu into $(VENV)/libtpu, to compile for TPUs that are not here"
+	@rm -rf $(VENV)/libtpu && mkdir -p $(VENV)/libtpu
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/libtpu \
+		"$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" \
+		|| echo "no libtpu for this machine: vmm plan knows no TPUs here, and their tests are skipped"
+	@touch $@
+
+libtpu: $(VENV)/libtpu/.ready
+
+test: $(BIN)/.ready-peers $(VENV)/libtpu/.ready lint
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Beam wants other versions of common libraries: it has an environment of its own.

@@ -6,8 +6,10 @@ WORLD_LABELS = dict(
     video=2, audio=2, either=2, both=2, order=2, sync=2,
 )  # fmt: skip
 
-# Width, depth, heads (Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021, table 1).
-SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), H=(1280, 32, 16))
+# Width, depth, heads (Dosovitskiy et al. 2021, table 1; S: Touvron et al. 2021, table 1; g: Zhai et al. 2022, table 2).
+SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), H=(1280, 32, 16), g=(1408, 40, 16))
+# Hidden units of an MLP by its width, where they are not four times as many.
+RATIOS = dict(g=48 / 11)
 
 
 def world_data(root: str = "data/world", **changes) -> dict:
@@ -44,9 +46,10 @@ def is_small(variant: str) -> bool:
 
 
 def size(variant: str, default: str = "B") -> dict:
-    """Returns width, depth and heads of a variant: "S", "B", "L", "H", or a toy for "small"."""
+    """Returns width, depth and heads, of "g" the MLP's ratio too, of a variant: "S", "B", "L", "H", "g", or a toy for "small"."""
     width, depth, heads = (32, 2, 2) if is_small(variant) else SIZES[variant or default]
-    return dict(width=width, depth=depth, heads=heads)
+    ratio = dict(ratio=RATIOS[variant or default]) if (variant or default) in RATIOS else {}
+    return dict(width=width, depth=depth, heads=heads) | ratio
 
 
 def layers(dimensions: dict, depth: int) -> dict:
@@ -77,7 +80,7 @@ def recipe(
     return dict(
         seed=0, steps=steps, batch=batch, dtype="bfloat16", save_every=1000, log_every=50,
         data=full | (data or {}),
-        mesh=dict(data=1, fsdp=-1),
+        mesh="auto",
         optim=optim,
         **groups,
     )  # fmt: skip

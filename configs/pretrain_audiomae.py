@@ -39,6 +39,8 @@ def get_config(variant: str = "") -> dict:
                 width=32 if small else 512,
                 depth=1 if small else 8,
                 heads=2 if small else 16,
+                scan=True,
+                remat=True,
             )
         ),
     )

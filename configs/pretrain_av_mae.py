@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> dict:
                 video=dict(kind="video", tubelet=(2, 16, 16), **encoder),
                 audio=dict(kind="audio", bins=128, patch=(16, 16), **encoder),
             ),
-            fusion=dict(kind="joint", depth=fused, width=whole["width"], heads=whole["heads"], scan=True, remat=True),
+            fusion=dict(kind="joint", scan=True, remat=True, **layers(whole, fused)),
         ),
         views=dict(
             masked=dict(
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> dict:
         objectives=dict(
             reconstruct=dict(
                 kind="masked", modalities=("video", "audio"), width=32 if small else 512, depth=1 if small else 4,
-                heads=2 if small else 8, context=("video", "audio"),
+                heads=2 if small else 8, context=("video", "audio"), scan=True, remat=True,
             )
         ),
     )  # fmt: skip

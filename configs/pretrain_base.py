@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> dict:
         batch=16 if small else 1024,
         dtype="float32" if small else "bfloat16",
         data=world_data(clip=dict(seconds=2.0, frames=8, size=32, text_length=24)) if small else data,
-        mesh=dict(data=-1, fsdp=1) if small else dict(data=1, fsdp=-1),
+        mesh="auto",
         trunk=dict(
             encoders=dict(
                 video=dict(kind="video", tubelet=(2, 16, 16), **encoder),

@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> dict:
             ),
             reconstruct=dict(
                 kind="masked", modalities=("video", "audio"), width=32 if small else 512, depth=1 if small else 8,
-                heads=2 if small else 16,
+                heads=2 if small else 16, scan=True, remat=True,
             ),
         ),
     )  # fmt: skip

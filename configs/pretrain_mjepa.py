@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> dict:
         objectives=dict(
             latent=dict(
                 kind="latent", stage="fused", context="all", modalities=("video", "audio"),
-                width=32 if small else 384, depth=1 if small else 6, heads=2 if small else 12,
+                width=32 if small else 384, depth=1 if small else 6, heads=2 if small else 12, scan=True, remat=True,
             )
         ),
     )  # fmt: skip

@@ -38,6 +38,8 @@ def get_config(variant: str = "") -> dict:
                 positions="sincos_flat",
                 block=STYLE,
                 enter_bias=False,
+                scan=True,
+                remat=True,
             )
         ),
     )  # fmt: skip

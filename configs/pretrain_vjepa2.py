@@ -20,6 +20,8 @@ def get_config(variant: str = "") -> dict:
         heads=2 if small else 12,
         positions="rotary",
         block=dict(activation="gelu"),
+        scan=True,
+        remat=True,
     )
     return recipe(
         variant,

@@ -15,7 +15,7 @@ if version("jaxlib").startswith("0.10."):  # four times as quick; later releases
 # Two workers of eight devices on two cores: a participant may come late. The default aborts after 40 s.
 FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=250"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("VMM_TEST_PLATFORMS", "cpu")  # "cuda" for what needs a GPU
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 

@@ -17,7 +17,6 @@ from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.model import Trunk
 from vmm.run import open_run
-from vmm.sharding import make_mesh
 from vmm.teachers import open_teachers
 from vmm.train import train
 from vmm.weights import fit, save_params
@@ -271,7 +270,7 @@ def test_a_warm_start_needs_something_that_fits(published, tmp_path, world_folde
     config["objectives"] = dict(contrast=dict(kind="contrastive", pairs=(("audio", "text"),)))
     config["views"] = dict(clean={})
     experiment = Experiment(config)
-    mesh = make_mesh(experiment.mesh)
+    mesh = experiment.make_mesh()
     with jax.set_mesh(mesh):
         state = experiment.program(mesh).init(jax.random.key(0))
         with pytest.raises(UserError, match="nothing of"):

@@ -187,9 +187,9 @@ def value_and_gradient(module, params, x):
     return y, *gradient
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["keep", "remat"])
+@pytest.mark.parametrize("remat", [False, True, "products", "offload"])
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-def test_scan_and_remat_are_the_loop(scan: bool, remat: bool):
+def test_scan_and_remat_are_the_loop(scan: bool, remat: bool | str):
     if not scan and not remat:
         params, x, (ours, *_) = reference_stack()
         for i in range(B):
@@ -221,11 +221,17 @@ def test_remat_recomputes():
 
     x = draw((B, N, D))
     params = parameters(stack(), x, THERE)
-    flops = [
-        count_flops(jax.jit(jax.grad(lambda p, m=stack(remat=remat): m.apply({"params": p}, x, THERE).sum())), params)
-        for remat in (False, True)
-    ]
-    assert flops[1] > 1.2 * flops[0]
+    flops = {
+        remat: count_flops(
+            jax.jit(jax.grad(lambda p, m=stack(remat=remat): m.apply({"params": p}, x, THERE).sum())), params
+        )
+        for remat in (False, True, "full", "products", "offload")
+    }
+    assert flops[True] == flops["full"] > 1.2 * flops[False]
+    # Attention's two products of 2 N² D multiply-adds a sample are done again, no others.
+    assert flops["products"] == flops["offload"] == flops[False] + 2 * B * 2 * 2 * N * N * D
+    with pytest.raises(UserError, match="remat: unknown 'dots'.*full, offload, products"):
+        stack(remat="dots").init(jax.random.key(0), x, THERE)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

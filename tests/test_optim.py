@@ -10,6 +10,7 @@ from test_layers import assert_trees_close, parameters
 
 from vmm.errors import UserError
 from vmm.model import Recipe, loss_function
+from vmm.sharding import MeshShape, Named, make_mesh, to_device
 from vmm.training.optim import Optim, ema_update, make_optimizer, match, path_of, schedule, trainable
 from vmm.training.step import make_program
 from vmm.types import Batch
@@ -153,6 +154,80 @@ def test_updates_are_adamw_by_hand(changes: dict):
     for path, value in jax.tree_util.tree_leaves_with_path(ours):
         np.testing.assert_allclose(value, theirs[path_of(path)], rtol=2e-5, atol=2e-6, err_msg=path_of(path))
     jax.tree.map(np.testing.assert_array_equal, ours["frozen"], params["frozen"])
+
+
+def test_updates_are_adafactor_by_hand():
+    """Large matrices keep a row and a column of the second moment (Shazeer & Stern 2018, algorithm 4), vectors all of it."""
+    optim = Optim(kind="adafactor", learning_rate=0.1, weight_decay=0.0, clip=0.0, b1=0.9)
+    rng = np.random.default_rng(0)
+    params = {"matrix": {"kernel": rng.normal(size=(128, 130)).astype(np.float32)}, "bias": np.ones(3, np.float32)}
+    gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
+    optimizer = make_optimizer(optim, params, 100)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    held = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert held.count((128, 130)) == 1  # the first moment alone
+    row, column, second, first = np.zeros(128), np.zeros(130), np.zeros(3), {"kernel": 0.0, "bias": 0.0}
+    for t, gradient in enumerate(gradients, 1):
+        updates, state = update(gradient, state, params)
+        decay = 1 - t**-0.8
+        g, small = gradient["matrix"]["kernel"].astype(np.float64), gradient["bias"].astype(np.float64)
+        row = decay * row + (1 - decay) * (g**2 + 1e-30).mean(1)
+        column = decay * column + (1 - decay) * (g**2 + 1e-30).mean(0)
+        second = decay * second + (1 - decay) * (small**2 + 1e-30)
+        scaled = {"kernel": g / np.sqrt(np.outer(row, column) / row.mean()), "bias": small / np.sqrt(second)}
+        for name, value in scaled.items():
+            value = value / max(1.0, np.sqrt((value**2).mean()))
+            first[name] = 0.9 * first[name] + 0.1 * value
+            rate = 0.1 * 0.5 * (1 + math.cos(math.pi * (t - 1) / 100))
+            ours = updates["matrix"]["kernel"] if name == "kernel" else updates["bias"]
+            np.testing.assert_allclose(ours, -rate * first[name] / (1 - 0.9**t), rtol=2e-4, atol=1e-6)
+
+
+def test_first_moments_in_half_precision_are_near():
+    params, gradients = tree(), [tree(seed) for seed in range(1, 6)]
+    results = {}
+    for moments in ("float32", "bfloat16"):
+        optimizer = make_optimizer(Optim(moments=moments, learning_rate=0.1), params, 8)
+        state, ours = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, ours)
+            ours = jax.tree.map(lambda p, u: p + u, ours, updates)
+        kinds = sorted(leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.shape == (3, 2))
+        assert kinds == (["float32"] * 2 if moments == "float32" else ["bfloat16", "float32"])
+        results[moments] = ours
+    moved = jax.tree.map(lambda after, before: np.abs(after - before).max(), results["float32"], params)
+    error = jax.tree.map(lambda a, b: np.abs(a - b).max(), results["bfloat16"], results["float32"])
+    assert all(e < 0.02 * m for e, m in zip(jax.tree.leaves(error), jax.tree.leaves(moved)))
+    assert any(e > 0 for e in jax.tree.leaves(error))
+
+
+@pytest.mark.parametrize("changes", [dict(kind="sgd"), dict(moments="float16")])
+def test_unknown_optimizers_are_errors(changes: dict):
+    with pytest.raises(UserError, match="optim"):
+        make_optimizer(Optim(**changes), tree(), 8)
+
+
+def test_moments_in_the_hosts_memory_change_nothing():
+    """Between steps they lie there, sharded as before; two steps give the same numbers."""
+    mesh = make_mesh(MeshShape(1, 8))
+
+    def initialise(key):
+        return {"up": {"kernel": Named(jax.random.normal(key, (64, 16)), ("embed", "mlp"))}, "gain": jnp.ones(())}
+
+    states = []
+    for offload in (False, True):
+        optim = Optim(offload=offload, ema=0.9)
+        program = make_program(initialise, quadratic, optim, steps=6, seed=0, mesh=mesh)
+        with jax.set_mesh(mesh):
+            state = program.init(jax.random.key(0))
+            for _ in range(2):
+                state, _ = program.step(state, to_device(np.zeros(8), mesh))
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (64, 16)]
+        assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host" if offload else "device"}
+        assert {leaf.addressable_shards[0].data.shape for leaf in moments} == {(8, 16)}
+        assert state.params["up"]["kernel"].sharding.memory_kind == "device"
+        states.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_frozen_parameters_have_no_moments():

@@ -11,7 +11,6 @@ from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.objectives.contrastive import Contrastive
 from vmm.run import open_run
-from vmm.sharding import make_mesh
 from vmm.train import train
 from vmm.training.metrics import read_rows
 
@@ -113,7 +112,7 @@ def test_parts_of_a_batch_give_the_same_queue(world_folder):
     for accumulate in (1, 2):
         config["optim"] |= dict(accumulate=accumulate)
         experiment = Experiment(config)
-        program = experiment.program(make_mesh(experiment.mesh))
+        program = experiment.program(experiment.make_mesh())
         state, _ = jax.eval_shape(program.step, program.shapes, experiment.batch_shapes())
         shapes.append(jax.tree.map(lambda leaf: leaf.shape, state.memory))
     assert shapes[0] == shapes[1]

@@ -1,18 +1,33 @@
 """One step is the same on 1, 4 and 8 devices and any mesh: loss, gradients, parameters."""
 
+import dataclasses
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
 
+from vmm import layers, sharding
 from vmm.data.loader import Loader
 from vmm.errors import UserError
 from vmm.experiment import Experiment
-from vmm.sharding import MeshShape, check_batch, make_mesh, place_batch, to_device
+from vmm.sharding import (
+    AXES,
+    MeshShape,
+    auto_shape,
+    check_batch,
+    host_place,
+    make_mesh,
+    place_batch,
+    to_device,
+)  # fmt: skip
 from vmm.training.metrics import count_flops
 from vmm.training.optim import path_of
 
-MESHES = {"4": (4, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
+MESHES = {"4": (4, 1, 1, 1), "8": (8, 1, 1, 1), "2x2x2": (2, 2, 2, 1), "2x1x2x2": (2, 1, 2, 2)}
 
 
 def built(world, mesh: tuple, **changes):
@@ -112,3 +127,72 @@ def test_mesh_and_batch_errors():
     mesh = make_mesh(MeshShape(4, 2, 1))
     with pytest.raises(UserError, match="nearest that does is 16"):
         check_batch(13, mesh, 2)
+
+
+def devices_of(slices: int, each: int) -> list:
+    return [SimpleNamespace(id=i, slice_index=i // each, process_index=i // 4) for i in range(slices * each)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "state", "expected"),
+    [
+        (devices_of(1, 8), 64, 1e9, (8, 1, 1, 1)),  # 1 GB is no quarter of 16 GB
+        (devices_of(1, 8), 64, 10e9, (2, 4, 1, 1)),  # 10 / 4 GB is
+        (devices_of(1, 8), 64, 1e12, (1, 8, 1, 1)),  # as many shards as there are
+        (devices_of(1, 8), 2, 1e9, (2, 1, 1, 4)),  # two clips: their tokens are split
+        (devices_of(2, 4), 64, 1e12, (2, 4, 1, 1)),  # slices hold copies
+    ],
+)
+def test_auto_mesh(devices, batch, state, expected):
+    assert auto_shape(devices, batch, int(state), 16_000_000_000) == MeshShape(*expected)
+    with pytest.raises(UserError, match="2 slices"):
+        auto_shape(devices_of(2, 4), 3, 1, None)
+
+
+def test_auto_mesh_of_a_config(world_folder):
+    experiment = Experiment(small_config(world_folder, mesh="auto"))
+    assert dict(experiment.make_mesh().shape) == dict(data=8, fsdp=1, tensor=1, sequence=1)
+    tight = 4 * 4 * experiment.parameters()  # what the state takes: a quarter of it asks for four shards
+    assert dict(experiment.make_mesh(memory=tight).shape) == dict(data=2, fsdp=4, tensor=1, sequence=1)
+    with pytest.raises(UserError, match='"auto" or a group of sizes'):
+        Experiment(small_config(world_folder, mesh="fsdp"))
+
+
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+def test_hosts_that_hold_the_same_clips_load_the_same(monkeypatch):
+    """Four processes of two devices: those that share rows of the mesh share their part of a batch."""
+
+    def places(shape: MeshShape) -> list:
+        sizes = dataclasses.astuple(shape)
+        rows = {}
+        for number, place in enumerate(np.ndindex(sizes)):
+            row = place[0] * shape.fsdp + place[1]
+            rows[Device(number, number // 2)] = (slice(row, row + 1),)
+        told = SimpleNamespace(devices_indices_map=lambda count: rows)
+        monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: told)
+        mesh = SimpleNamespace(shape=dict(zip(AXES, sizes)))
+        found = []
+        for process in range(4):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            found.append(host_place(mesh))
+        return found
+
+    assert places(MeshShape(8, 1, 1, 1)) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert places(MeshShape(2, 2, 1, 2)) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert places(MeshShape(2, 1, 1, 4)) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert places(MeshShape(1, 1, 8, 1)) == [(0, 1)] * 4
+
+
+def test_tokens_are_split_over_sequence(world_folder):
+    """Between blocks a device holds its clips' share of tokens, not all of them."""
+    mesh = make_mesh(MeshShape(2, 1, 1, 4), jax.devices()[:8])
+    stack = layers.Stack(depth=1, heads=2)
+    x = jnp.zeros((4, 16, 8))
+    with jax.set_mesh(mesh):
+        params = jax.jit(stack.init)(jax.random.key(0), x, jnp.ones((4, 16), bool))
+        y = jax.jit(lambda x: stack.apply(params, x, jnp.ones((4, 16), bool)))(x)
+    assert y.sharding.shard_shape(y.shape) == (2, 4, 8)

@@ -1,17 +1,20 @@
 """`vmm <command>`: reads flags, then imports what the command needs; turns errors into one line and an exit code.
 
 Exit codes: 0 done; 2 something to mend in what was given; 3 too many undecodable files; 4 the loss
-is not finite; 5 a result could not be written; 42 stopped by a signal, saved, can go on.
+is not finite; 5 a result could not be written; 6 a step did not end; 7 devices hold different bytes of one array;
+42 stopped by a signal, saved, can go on.
 """
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmm.bench.commands import add as add_bench_commands
 from vmm.data.commands import add as add_data_commands
+from vmm.planning.commands import add as add_plan_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,11 +23,25 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a config, or go on with its run")
     train.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
-    train.add_argument("--workdir", required=True, type=Path, help="folder of the run; the same again resumes it")
+    train.add_argument("--workdir", required=True, help="folder of the run, also gs://…; the same again resumes it")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4")
 
+    verify = commands.add_parser("verify-resume", help="kill a short run of a config, resume it, and compare")
+    verify.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
+    verify.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4")
+    verify.add_argument("--steps", type=int, default=12, help="of the short run (default %(default)s)")
+    verify.add_argument("--folder", type=Path, help="where to keep the runs (default: nowhere)")
+
+    supervising = commands.add_parser("supervise", help="train, and start again after a crash, a hang or a preemption")
+    supervising.add_argument("config", help="as of vmm train")
+    supervising.add_argument("--workdir", required=True, help="as of vmm train")
+    supervising.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of vmm train")
+    supervising.add_argument(
+        "--restarts", type=int, default=8, help="give up after so many in a row without a new checkpoint (default 8)"
+    )
+
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
-    evaluate.add_argument("run", type=Path, help="workdir of a run")
+    evaluate.add_argument("run", help="workdir of a run")
     evaluate.add_argument("--again", action="store_true", help="also if it was evaluated already")
 
     ablate = commands.add_parser("ablate", help="train and compare the variants of a study")
@@ -33,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--out", type=Path, help="where runs and results go (default runs/<study>[-quick])")
 
     publish = commands.add_parser("publish", help="write a run's model in the layout of the Hugging Face Hub")
-    publish.add_argument("run", type=Path, help="workdir of a run")
+    publish.add_argument("run", help="workdir of a run")
     publish.add_argument("folder", type=Path, help="where to write")
     publish.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
 
@@ -43,11 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     converting.add_argument("--to", metavar="FAMILY", help="write this family's layout, as videomae or clip")
 
     report = commands.add_parser("report", help="draw a run as one self-contained HTML file")
-    report.add_argument("run", type=Path, help="workdir of a run")
+    report.add_argument("run", help="workdir of a run")
     report.add_argument("--out", type=Path, help="file to write (default RUN/report.html)")
     report.add_argument(
         "--ablation", type=Path, action="append", default=[], help="results of a `vmm ablate` to include"
     )
+
+    add_plan_command(commands)
 
     data = commands.add_parser("data", help="make datasets").add_subparsers(dest="data", required=True, metavar="WHAT")
     add_data_commands(data)
@@ -57,14 +76,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args) -> None:
-    if args.command in ("data", "bench"):
+def _run(args) -> int | None:
+    if args.command in ("data", "bench", "plan"):
         args.run(args)
     elif args.command == "train":
         from vmm.build import load_config
         from vmm.train import train
+        from vmm.training import distributed
 
-        train(load_config(args.config, args.overrides), args.workdir)
+        with distributed.joined():
+            train(load_config(args.config, args.overrides), args.workdir, began=args.began)
+    elif args.command == "verify-resume":
+        from vmm.build import load_config
+        from vmm.verify import verify_resume
+
+        return int(not verify_resume(load_config(args.config, args.overrides), args.steps, args.folder))
+    elif args.command == "supervise":
+        from vmm.supervise import supervise
+
+        words = [args.config, "--workdir", args.workdir, *args.overrides]
+        return supervise(words, args.workdir, args.restarts)
     elif args.command == "eval":
         from vmm.evaluate import evaluate
 
@@ -90,10 +121,16 @@ def _run(args) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    began = time.time()
     args, rest = _parser().parse_known_args(arguments)
+    args.began = began
     if rest:
         # argparse reads overrides only in one run; those behind a flag come back as the rest.
-        stray = [item for item in rest if item.startswith("-") or args.command != "train"]
+        stray = [
+            item
+            for item in rest
+            if item.startswith("-") or args.command not in ("train", "plan", "verify-resume", "supervise")
+        ]
         if stray:
             _parser().error(f"unrecognized arguments: {' '.join(stray)}")
         args.overrides = [*args.overrides, *rest]
@@ -102,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vmm.errors import Preempted, UserError
 
     try:
-        _run(args)
+        return _run(args) or 0
     except UserError as error:
         print(f"vmm: error: {error}", file=sys.stderr)
         return error.code
@@ -115,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vmm: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from vmm.errors import UserError, one_of
 from vmm.evaluate import evaluate
 from vmm.experiment import Experiment, numbers
 from vmm.run import commit
-from vmm.sharding import make_mesh, place_batch
+from vmm.sharding import place_batch
 from vmm.train import train
 from vmm.training.metrics import read_rows
 from vmm.training.runtime import use_compilation_cache
@@ -101,7 +101,7 @@ def _one(out: Path, variant: str, seed: int, config: dict) -> dict:
 def costs(config: Mapping) -> dict:
     """Returns parameters, forward FLOPs of the trunk a clip, peak bytes of a train step; from XLA, nothing runs."""
     experiment = Experiment(config)
-    mesh = make_mesh(experiment.mesh)
+    mesh = experiment.make_mesh()
     program = experiment.program(mesh)
     batch = place_batch(experiment.batch_shapes(), mesh)
 

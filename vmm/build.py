@@ -14,6 +14,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from vmm.errors import UserError, one_of
+from vmm.paths import is_remote, to_path
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
 _TYPES = BeartypeConf(is_pep484_tower=True)
@@ -100,8 +101,8 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
     Raises:
       UserError: no such file, or an override that is not key=value or reaches into a value.
     """
-    path, _, variant = reference.partition(":")
-    file = Path(path)
+    path, _, variant = (reference, "", "") if is_remote(reference) else reference.partition(":")
+    file = to_path(path)
     if not file.is_file():
         near = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common")
         raise UserError(f"config {path}: no such file; {one_of(path, near)}")

@@ -25,6 +25,18 @@ class StorageError(UserError):
     code = 5
 
 
+class CorruptionError(UserError):
+    """Devices hold different bytes of one array: a memory or a chip is broken. The checkpoints before it are whole."""
+
+    code = 7
+
+
+class PeerError(UserError):
+    """Another process of the job is not there, or is gone: to be started again, all together."""
+
+    code = 1
+
+
 class Preempted(Exception):
     """SIGTERM or Ctrl-C arrived: the state is saved and the same command resumes it."""
 

@@ -12,13 +12,13 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
 
-from vmm.build import digest
+from vmm.build import digest, write_text
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest
 from vmm.errors import UserError
 from vmm.experiment import Experiment, numbers
 from vmm.run import commit, open_run, weights
-from vmm.sharding import batch_sharding, to_device
+from vmm.sharding import batch_sharding, host_place, to_device
 from vmm.training.metrics import read_rows
 from vmm.types import SUBSETS
 
@@ -48,13 +48,13 @@ class Predict:
 
     def _run(self, manifest: str) -> None:
         """One pass over the data for all subsets: decoding costs more than predicting."""
-        experiment, hosts = self.experiment, jax.process_count()
+        experiment, (host, hosts) = self.experiment, host_place(self.mesh)
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = math.ceil(min(experiment.config.batch, 256) / split) * split
         wanted = [s for s in SUBSETS if s == "VAT" or set(SUBSETS[s]) <= set(experiment.config.trunk["encoders"])]
         parts: dict = {subset: [] for subset in wanted}
         batches = evaluation_batches(
-            manifest, experiment.data, experiment.clip, batch=size, host=jax.process_index(), hosts=hosts,
+            manifest, experiment.data, experiment.clip, batch=size, host=host, hosts=hosts,
             views=experiment.evaluation, modalities=experiment.modalities,
         )  # fmt: skip
         for batch, rows in batches:
@@ -66,9 +66,11 @@ class Predict:
                 with jax.set_mesh(self.mesh):
                     values = self.forward(self.params, to_device(batch._replace(present=shown), self.mesh))
                 values = {**_whole(values)}
-                values |= _whole_host({f"present/{name}": there for name, there in batch.present.items()})
-                values |= _whole_host({f"label/{name}": label for name, label in batch.labels.items()})
-                values |= _whole_host({"row": rows, "valid": batch.valid})
+                told = {f"present/{name}": there for name, there in batch.present.items()}
+                told |= {f"label/{name}": label for name, label in batch.labels.items()}
+                told |= {"row": rows, "valid": batch.valid}
+                # Laid out as the predictions are, so that both come back in one order on any number of hosts.
+                values |= _whole(to_device(told, self.mesh))
                 keep = values.pop("valid")
                 parts[subset].append({key: value[keep] for key, value in values.items()})
         for subset, pieces in parts.items():
@@ -100,13 +102,6 @@ def _whole(values: Mapping) -> dict:
     if jax.process_count() > 1:
         return dict(multihost_utils.process_allgather(values, tiled=True))
     return jax.device_get(dict(values))
-
-
-def _whole_host(values: Mapping) -> dict:
-    """Each host's own rows → all rows, on every host, in the order of hosts."""
-    if jax.process_count() > 1:
-        return dict(multihost_utils.process_allgather(values, tiled=True))
-    return dict(values)
 
 
 def run_evals(experiment: Experiment, params, mesh) -> dict[str, float]:
@@ -158,8 +153,8 @@ def evaluate(workdir: str | Path, again: bool = False) -> dict:
     else:
         values = run_evals(run.experiment, weights(run.state), run.mesh)
         record = identity | {"commit": commit(), "values": values}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        # Written whole: nothing can be appended to a file in a bucket.
+        write_text(path, "".join(json.dumps(row) + "\n" for row in [*read_rows(path), record]))
     print_tables(run.experiment, record["values"])
     return record
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vmm.augment import MixUp, SpecAugment, augment
 from vmm.build import build, make
@@ -19,13 +20,14 @@ from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError
 from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
-from vmm.sharding import MeshShape
+from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
+from vmm.training.guard import Guard, check_guard
 from vmm.training.optim import Optim
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
 # Keys that may change between a run and its continuation: they leave its numbers alone.
-_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every", "health")
+_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every", "health", "check_replicas", "step_timeout")
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
 
@@ -40,11 +42,14 @@ def numbers(config: Mapping) -> dict:
 class Config:
     """The groups of a config file. What each holds is said where it is used.
 
-    steps, batch: of training; batch is global. seed: of parameters, order, masks. dtype: "float32" or
+    steps, batch: of training; batch is global. mesh: fields of MeshShape, or "auto" (sharding.auto_shape). seed: of parameters, order, masks. dtype: "float32" or
     "bfloat16", what activations are computed in. save_every, keep: steps between checkpoints, and
     how many stay. log_every: steps between lines of metrics. health: steps between lines that hold the health panel
     (training/health.py), 0: none. balance: how losses are summed, see Recipe. eval_every: steps between evaluations,
-    0: none while training. init_from: weights that a new run starts from, a folder, run or Hub repository that
+    0: none while training. guard: fields of training.guard.Guard: when a step is skipped, when the run goes back.
+    check_replicas: steps between comparisons of the copies that devices hold of one array, 0: none. step_timeout:
+    seconds after which a step that does not end ends the run (exit code 6), 0: never; ten times that for the first step
+    and for evaluations. init_from: weights that a new run starts from, a folder, run or Hub repository that
     vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each.
     """
 
@@ -55,7 +60,7 @@ class Config:
     views: Mapping
     objectives: Mapping
     optim: Mapping = dataclasses.field(default_factory=dict)
-    mesh: Mapping = dataclasses.field(default_factory=dict)
+    mesh: Mapping | str = dataclasses.field(default_factory=dict)
     evals: Mapping = dataclasses.field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
@@ -65,6 +70,9 @@ class Config:
     health: int = 0
     balance: str = "fixed"
     eval_every: int = 0
+    step_timeout: float = 600.0
+    guard: Mapping = dataclasses.field(default_factory=dict)
+    check_replicas: int = 0
     init_from: str | Mapping = dataclasses.field(default_factory=dict)
 
 
@@ -88,7 +96,11 @@ class Experiment:
         self.augment = make(Augment, self.data.augment, "data.augment")
         self.evaluation = make(EvaluationViews, self.data.evaluation, "data.evaluation")
         self.optim = make(Optim, c.optim, "optim")
-        self.mesh = make(MeshShape, c.mesh, "mesh")
+        if isinstance(c.mesh, str) and c.mesh != "auto":
+            raise UserError(f'mesh: "auto" or a group of sizes ({", ".join(AXES)}), got {c.mesh!r}')
+        self.mesh = None if c.mesh == "auto" else make(MeshShape, c.mesh, "mesh")
+        self.guard = make(Guard, c.guard, "guard")
+        check_guard(self.guard)
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
         spectrogram = make(SpecAugment, self.augment.spectrogram, "data.augment.spectrogram")
         self.recipe = Recipe(
@@ -146,6 +158,25 @@ class Experiment:
                 f"data.augment.mixup: objectives.{other[0]} does not know mixed samples; MixUp is for classify alone"
             )
 
+    def make_mesh(self, devices: list | None = None, memory: int | None = None) -> Mesh:
+        """Returns the config's mesh over the devices, all of the job's by default.
+
+        memory: bytes of a device, for "auto"; None: what the device says.
+
+        Raises:
+          UserError: as sharding.make_mesh.
+        """
+        devices = jax.devices() if devices is None else devices
+        shape = self.mesh
+        if shape is None:
+            if memory is None and hasattr(devices[0], "memory_stats"):
+                memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+            copies = 1 + 2 + bool(self.optim.ema)  # parameters, two moments, average
+            shape = auto_shape(
+                devices, self.config.batch // self.optim.accumulate, 4 * copies * self.parameters(), memory
+            )
+        return make_mesh(shape, devices)
+
     def batch_shapes(self, rows: int | None = None) -> Batch:
         """Returns the abstract batch that the loader gives."""
         rows, clip = rows or self.config.batch, self.clip
@@ -178,16 +209,17 @@ class Experiment:
         perturb = functools.partial(augment, colour=a.colour, gain=a.gain, mixup=self.mixup)
         return loss_function(self.recipe, self.optim.accumulate, perturb, teachers)
 
-    def program(self, mesh, teachers: Mapping | None = None) -> Program:
+    def program(self, mesh, teachers: Mapping | None = None, poison: tuple[int, ...] = ()) -> Program:
         """Returns the compiled-on-demand init and step of this experiment.
 
         teachers: view → Trunk of another model, for the views that name one (teachers.py); then the step takes their
-        parameters too.
+        parameters too. poison: see make_program.
         """
         c = self.config
         return make_program(
             self.initialise, self.loss(teachers), self.optim,
             steps=c.steps, seed=c.seed, mesh=mesh, health=c.health, frozen=bool(teachers), memory=blank_memory(self.recipe),
+            guard=self.guard, poison=poison,
         )  # fmt: skip
 
     def parameters(self) -> int:

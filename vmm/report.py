@@ -43,7 +43,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     plt.switch_backend("Agg")  # draws files, needs no screen
     run = open_run(workdir)
     out = out or run.workdir / "report.html"
-    metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row]
+    metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if row.get("loss") is not None]
     if not metrics:
         raise UserError(f"{run.workdir}/metrics.jsonl: holds no metrics to draw; train first")
     evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
@@ -97,7 +97,17 @@ def _png(pixels: np.ndarray, alt: str) -> str:
 
 def _losses(metrics: list[dict]) -> str:
     names = [key for key in metrics[-1] if "/" not in key and isinstance(metrics[-1][key], float)]
-    skip = {"gradient_norm", "learning_rate", "steps_per_second", "clips_per_second", "input_wait", "mfu", "loss"}
+    skip = {
+        "gradient_norm",
+        "learning_rate",
+        "steps_per_second",
+        "clips_per_second",
+        "input_wait",
+        "mfu",
+        "loss",
+        "skipped",
+        "goodput",
+    }
     total = ["loss", *(name for name in names if name not in skip)]
     other = ("scale", "accuracy", "balance")
     fine = [k for k in metrics[-1] if "/" in k and not k.startswith("health/") and not k.endswith(other)]

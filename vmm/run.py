@@ -9,7 +9,8 @@ import jax
 from vmm.build import load_config
 from vmm.errors import UserError
 from vmm.experiment import Experiment
-from vmm.sharding import make_mesh
+from vmm.paths import to_path
+from vmm.sharding import MeshShape, make_mesh
 from vmm.training.checkpoint import Checkpoints
 from vmm.training.step import State
 
@@ -25,18 +26,20 @@ class Run(NamedTuple):
     step: int
 
 
-def open_run(workdir: str | Path) -> Run:
+def open_run(workdir: str | Path, alone: bool = False) -> Run:
     """Reads the newest checkpoint of a run.
+
+    alone: onto this process's first device, whatever devices the run is for; else onto its mesh.
 
     Raises:
       UserError: no run in the workdir, or nothing saved yet.
     """
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"run {workdir}: holds no config.json; give the workdir of a `vmm train`")
     config = load_config(str(workdir / "config.json"))
     experiment = Experiment(config)
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(MeshShape(), jax.local_devices()[:1]) if alone else experiment.make_mesh()
     program = experiment.program(mesh)
     checkpoints = Checkpoints(workdir, experiment.config.keep)
     with jax.set_mesh(mesh):

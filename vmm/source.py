@@ -87,7 +87,7 @@ def _vmm(folder: Path, config: dict) -> Source:
 
 
 def _run(folder: Path) -> Source:
-    run = open_run(folder)
+    run = open_run(folder, alone=True)
     flat = flatten_dict(jax.device_get(weights(run.state)), sep=".")
     data = run.config["data"]
     model = {key: run.config[key] for key in ("trunk", "views", "objectives", "balance") if key in run.config}

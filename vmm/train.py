@@ -6,127 +6,195 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from vmm.build import differences, load_config, plain, save_config
+from vmm.build import differences, digest, load_config, plain, save_config
 from vmm.convert import warm_start
 from vmm.data.loader import Loader, bad_list, bad_summary
-from vmm.errors import NumericError, Preempted, UserError, one_of
+from vmm.errors import Preempted, UserError, one_of
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
 from vmm.objectives import OBJECTIVES
+from vmm.paths import to_path
 from vmm.run import weights
-from vmm.sharding import check_batch, make_mesh, place_batch, to_device
+from vmm.sharding import check_batch, host_place, place_batch, platform, to_device
 from vmm.teachers import open_teachers
+from vmm.training import distributed
+from vmm.training.allocator import keep_freed_memory
 from vmm.training.checkpoint import Checkpoints
+from vmm.training.faults import Faults
+from vmm.training.guard import Inspector, Rollbacks, Trouble, layers
+from vmm.training.ledger import Ledger
 from vmm.training.metrics import MetricLog, ProgressLine, count_flops, peak_flops
+from vmm.training.replicas import compare_replicas
 from vmm.training.runtime import RunLock, StopSignal, open_workdir, use_compilation_cache
+from vmm.training.watchdog import Watchdog
 
 
-def train(config: Mapping, workdir: str | Path) -> dict[str, float]:
+def train(
+    config: Mapping, workdir: str | Path, *, began: float | None = None, loader: type[Loader] = Loader
+) -> dict[str, float]:
     """Trains, or goes on with, the run in `workdir`; returns the metrics of its last step.
 
-    The same call again resumes from the newest checkpoint: the same samples, the same losses.
+    The same call again resumes from the newest good checkpoint: the same samples, the same losses.
+
+    Args:
+      began: when this attempt began, in seconds of time.time(), for the ledger; None: now.
+      loader: where batches come from.
 
     Raises:
       UserError (and its kinds): anything that the user can mend; checkpoints stay whole.
       Preempted: SIGTERM or Ctrl-C arrived; the state was saved.
     """
-    workdir = Path(workdir)
+    workdir, began = to_path(workdir), time.time() if began is None else began
     config = plain(config)
 
     # ---- the config, checked before anything is written ------------------------------------------
     use_compilation_cache()
+    if platform() == "cpu":
+        keep_freed_memory()
     experiment = Experiment(config)
     c = experiment.config
     if not c.objectives:
         raise UserError(f"objectives: none given; {one_of('', OBJECTIVES)}")
-    mesh = make_mesh(experiment.mesh)
+    mesh = experiment.make_mesh()
     check_batch(c.batch, mesh, experiment.optim.accumulate)
     teachers = open_teachers(experiment, mesh)
-    program = experiment.program(mesh, teachers.trunks)
+    faults = Faults(workdir)
+    program = experiment.program(mesh, teachers.trunks, faults.poison)
+    distributed.check_same("config", digest(numbers(config)))
     open_workdir(workdir)
+    first_process = jax.process_index() == 0
+    ledger = Ledger(workdir, began, first_process)
 
-    with RunLock(workdir), StopSignal() as stop, jax.set_mesh(mesh):
+    with RunLock(workdir), StopSignal() as stop, jax.set_mesh(mesh), ledger, Watchdog(c.step_timeout) as watchdog:
+        watchdog.beat("the start", slow=True)
         _same_config(config, workdir)
+        with ledger.during("compile"):
+            flops = count_flops(
+                program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh), *teachers.params
+            )
+        parts, compiled = layers(program.shapes.params), False
+        rollbacks = Rollbacks(workdir, experiment.guard)
 
-        # ---- the state: new, or the newest checkpoint --------------------------------------------
-        checkpoints = Checkpoints(workdir, c.keep)
-        if checkpoints.latest is None:
-            state, start = program.init(jax.random.key(c.seed)), 0
-            if c.init_from:
-                state = warm_start(state, experiment, c.init_from)
-        else:
-            saved = checkpoints.restore(program.shapes)
-            state, start = saved.state, saved.step
-            if saved.samples != start * c.batch:
-                raise UserError(
-                    f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
-                )
-        if start >= c.steps:
-            print(f"{workdir}: all {c.steps} steps are done; raise `steps` or choose another workdir to train on")
-            checkpoints.close()
-            return {}
-
-        # ---- the data, from that step on ---------------------------------------------------------
-        loader = Loader(
-            experiment.data, experiment.clip, experiment.augment, seed=c.seed, batch=c.batch, start=start, stop=c.steps,
-            host=jax.process_index(), hosts=jax.process_count(), modalities=experiment.modalities,
-        )  # fmt: skip
-        first_process = jax.process_index() == 0
-        log = MetricLog(workdir, start, first_process)
-        line = ProgressLine(start, c.steps, first_process)
-        flops = count_flops(
-            program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh), *teachers.params
-        )
-        clock = _Clock(c.batch, flops)
-
-        # ---- the loop ----------------------------------------------------------------------------
-        metrics, last, step = None, {}, start
-        try:
-            batches = iter(loader)
-            for step in range(start + 1, c.steps + 1):
-                with clock.waiting():
-                    batch = next(batches)
-                before = metrics
-                state, metrics = program.step(state, to_device(batch, mesh), *teachers.params)
-                if before is not None:
-                    jax.block_until_ready(before)  # one step in flight, one being fed
-                stopping = _agree(stop.asked)
-                saving = step % c.save_every == 0 or step == c.steps or stopping
-                if step % c.log_every == 0 or step == start + 1 or saving:
-                    last = {key: float(value) for key, value in jax.device_get(metrics).items()}
-                    if not math.isfinite(last["loss"]):
-                        raise NumericError(
-                            f"step {step}: the loss is {last['loss']}; the checkpoint of step {checkpoints.latest} is intact: "
-                            "lower optim.learning_rate, or raise optim.warmup or clip, and start in another workdir"
-                        )
-                    speed = clock.lap(step)
-                    if step % c.log_every == 0 or step == c.steps:
-                        seen = {key: value for key, value in last.items() if measured(key, value)}
-                        log.write(step, seen | speed)
-                    line.show(step, last["loss"], speed["clips_per_second"], clock.left(c.steps - step))
-                if saving:
-                    checkpoints.save(state, step, step * c.batch)
-                if c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping:
-                    values = run_evals(experiment, weights(state), mesh)
-                    log.write(step, {f"eval/{key}": value for key, value in values.items()})
-                if stopping and step < c.steps:
-                    checkpoints.wait()
-                    raise Preempted(
-                        f"{stop.asked}: saved step {step} of {c.steps}; the same command goes on from there"
+        while True:  # once, and again after each rollback
+            # ---- the state: new, or the newest good checkpoint -----------------------------------
+            checkpoints = Checkpoints(workdir, c.keep)
+            if rollbacks.unfinished:
+                checkpoints.quarantine(rollbacks.unfinished["first"])
+                rollbacks.end(first_process)
+            if checkpoints.latest is None:
+                state, start = program.init(jax.random.key(c.seed)), 0
+                if c.init_from:
+                    state = warm_start(state, experiment, c.init_from)
+            else:
+                with ledger.during("restore"):
+                    saved = checkpoints.restore_newest_good(program.shapes)
+                state, start = saved.state, saved.step
+                if saved.samples != start * c.batch:
+                    raise UserError(
+                        f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
                     )
-            checkpoints.wait()
-        finally:
-            loader.close()
-            line.close()
-            log.close()
-            checkpoints.close()
+            if start and start < c.steps and first_process:
+                print(f"{workdir}: goes on from step {start}", flush=True)
+            if start >= c.steps:
+                print(f"{workdir}: all {c.steps} steps are done; raise `steps` or choose another workdir to train on")
+                checkpoints.close()
+                return {}
 
-        # ---- the end -----------------------------------------------------------------------------
-        if loader.bad:
-            print(f"{len(loader.bad)} files could not be decoded ({bad_summary(loader.bad)}):\n{bad_list(loader.bad)}")
-        return last
+            # ---- the data, from that step on -----------------------------------------------------
+            host, hosts = host_place(mesh)
+            source = loader(
+                experiment.data, experiment.clip, experiment.augment, seed=c.seed, batch=c.batch, start=start, stop=c.steps,
+                host=host, hosts=hosts, modalities=experiment.modalities,
+            )  # fmt: skip
+            log = MetricLog(workdir, start, first_process)
+            line = ProgressLine(start, c.steps, first_process)
+            clock = _Clock(c.batch, flops)
+            inspect = Inspector(
+                experiment.guard, workdir, parts, lambda step, source=source: source.planned(step - 1), first_process
+            )
+
+            # ---- the loop ------------------------------------------------------------------------
+            metrics, last, step = None, {}, start
+            try:
+                batches = iter(source)
+                for step in range(start + 1, c.steps + 1):
+                    ledger.stepping(step)
+                    watchdog.beat(f"step {step}", slow=not compiled)
+                    faults.before(step, checkpoints)
+                    with clock.waiting(), ledger.during("input"):
+                        batch = next(batches)
+                    before = metrics
+                    if step in rollbacks.passed_over:
+                        state, metrics = program.pass_over(state), None
+                    else:
+                        with ledger.during(ledger.account if compiled else "compile"):
+                            state, metrics = program.step(state, to_device(batch, mesh), *teachers.params)
+                        compiled = True
+                    if before is not None:
+                        jax.block_until_ready(before)  # one step in flight, one being fed
+                        inspect(step - 1, before)
+                    checkpoints.poll()
+                    reason = distributed.agreed(step, stop.asked)
+                    stopping = reason is not None
+                    saving = step % c.save_every == 0 or step == c.steps or stopping
+                    if metrics is None and step % c.log_every == 0:
+                        log.write(step, {"passed_over": 1.0})
+                    elif metrics is not None and (step % c.log_every == 0 or step == start + 1 or saving):
+                        told = jax.device_get(metrics)
+                        # What is saved amid trouble would only push an older checkpoint out.
+                        amid = inspect(step, told) > 0
+                        saving = saving and (not amid or step == c.steps or stopping)
+                        last = {key: float(value) for key, value in told.items() if key != "layers"}
+                        speed = clock.lap(step)
+                        if step % c.log_every == 0 or step == c.steps:
+                            seen = {key: value for key, value in last.items() if measured(key, value)}
+                            log.write(step, seen | speed | {"goodput": ledger.share()})
+                        line.show(step, last["loss"], speed["clips_per_second"], clock.left(c.steps - step))
+                    if c.check_replicas and step % c.check_replicas == 0:
+                        compare_replicas(state, step)
+                    if saving:
+                        with ledger.during("saving"):
+                            checkpoints.save(state, step, step * c.batch)
+                    if c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping:
+                        watchdog.beat(f"the evaluation after step {step}", slow=True)
+                        with ledger.during("evaluation"):
+                            values = run_evals(experiment, weights(state), mesh)
+                        log.write(step, {f"eval/{key}": value for key, value in values.items()})
+                    if stopping and step < c.steps:
+                        checkpoints.wait()
+                        raise Preempted(
+                            f"{reason}: saved step {step} of {c.steps}; the same command goes on from there"
+                        )
+                with ledger.during("saving"):
+                    checkpoints.wait()
+            except Trouble as trouble:
+                checkpoints.wait()
+                restore = max((saved for saved in checkpoints.steps if saved < trouble.first), default=0)
+                rollbacks.begin(trouble, restore, first_process)
+                if first_process:
+                    print(
+                        f"{trouble.why}; back to step {restore}, steps {trouble.first} to {trouble.last} are passed over",
+                        flush=True,
+                    )
+                continue
+            except BaseException as error:
+                distributed.tell(error)  # before what follows, which may wait for other processes
+                raise
+            finally:
+                watchdog.beat("the end", slow=True)
+                ledger.write(step)
+                source.close()
+                line.close()
+                log.close()
+                checkpoints.close()
+
+            # ---- the end -------------------------------------------------------------------------
+            if source.bad:
+                print(
+                    f"{len(source.bad)} files could not be decoded ({bad_summary(source.bad)}):\n{bad_list(source.bad)}"
+                )
+            return last
 
 
 def measured(key: str, value: float) -> bool:
@@ -174,27 +242,24 @@ class _Clock:
         return steps * self.lasted / self.steps if self.steps else None
 
 
-def _agree(asked: str | None) -> bool:
-    """Whether any host was asked to stop: every host must leave after the same step."""
-    if jax.process_count() == 1:
-        return asked is not None
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(asked is not None)).any())
-
-
 def _same_config(config: dict, workdir: Path) -> None:
-    """Writes the config of a new run; raises UserError where the workdir holds a run of another."""
+    """Writes the config of a new run; raises UserError where the workdir holds a run of another.
+
+    A run that has saved nothing yet may be started anew with another config: what was wrong is mended.
+    """
     path = workdir / "config.json"
-    if not path.exists():
-        if jax.process_index() == 0:
-            save_config(config, path)
-        return
-    changed = differences(numbers(config), numbers(load_config(str(path))))
-    if changed:
+    changed = differences(numbers(config), numbers(load_config(str(path)))) if path.exists() else []
+    if changed and _has_saved(workdir):
         raise UserError(
             f"workdir {workdir}: was made by another config; go on with that one, or choose another workdir. "
             "It differs in (there → here):\n  " + "\n  ".join(changed)
         )
     if jax.process_index() == 0:
+        if changed:
+            (workdir / "rollbacks.json").unlink(missing_ok=True)
         save_config(config, path)
+
+
+def _has_saved(workdir: Path) -> bool:
+    folders = (workdir / "checkpoints", workdir / "checkpoints-quarantined")
+    return any(path.name.split("-")[0].isdigit() for folder in folders if folder.is_dir() for path in folder.iterdir())

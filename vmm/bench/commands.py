@@ -5,6 +5,7 @@ from pathlib import Path
 
 PARTS = ("decode", "workers", "wait", "memory")
 MODELS = ("vit_b", "videomae_b")
+STEPS = ("configs/pretrain_videomae.py:B", "configs/pretrain_videomae.py:L", "configs/pretrain_siglip_video.py:B")
 
 
 def add(bench) -> None:
@@ -28,18 +29,41 @@ def add(bench) -> None:
     data.add_argument("--device-cores", type=int, default=16, help="cores for each device (default %(default)s)")
     data.set_defaults(run=_data)
 
-    peers = bench.add_parser("peers", help="a VideoMAE training step against transformers on PyTorch, on one core")
-    peers.add_argument("--size", choices=("tiny", "small", "base"), default="small", help="default %(default)s")
+    peers = bench.add_parser("peers", help="a VideoMAE training step against transformers on PyTorch")
+    peers.add_argument(
+        "--size", choices=("tiny", "small", "base", "large"), default="small", help="default %(default)s"
+    )
     peers.add_argument("--rounds", type=int, default=10, help="paired, in turn (default %(default)s)")
     peers.add_argument("--batch", type=int, default=1, help="clips a step (default %(default)s)")
+    peers.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="one core of this, or one GPU (%(default)s)"
+    )
     peers.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     peers.set_defaults(run=_peers)
+
+    step = bench.add_parser(
+        "step", help="the train step of configs on the devices here: steps/s, MFU, memory, compiling"
+    )
+    step.add_argument("configs", nargs="*", metavar="CONFIG", help=f"configs, or KEY=VALUE (default {' '.join(STEPS)})")
+    step.add_argument("--steps", type=int, default=20, help="that are timed (default %(default)s)")
+    step.add_argument("--trace", type=Path, metavar="FOLDER", help="a profile of the last steps, for a trace viewer")
+    step.add_argument("--input", action="store_true", help="feed the config's data, and say how long that waits")
+    step.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    step.set_defaults(run=_step)
 
 
 def _peers(args) -> None:
     from vmm.bench.peers import bench_peers
 
-    bench_peers(args.size, args.rounds, args.batch, args.json)
+    bench_peers(args.size, args.rounds, args.batch, args.json, args.device)
+
+
+def _step(args) -> None:
+    from vmm.bench.step import bench_step
+
+    overrides = [word for word in args.configs if "=" in word]
+    configs = [word for word in args.configs if "=" not in word] or list(STEPS)
+    bench_step(configs, overrides, args.steps, args.trace, args.input, args.json)
 
 
 def _data(args) -> None:

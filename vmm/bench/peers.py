@@ -1,7 +1,8 @@
-"""vmm bench peers: one VideoMAE pretraining step here and in `transformers` on PyTorch, in turn, on one core each time.
+"""vmm bench peers: one VideoMAE pretraining step here and in `transformers` on PyTorch, in turn, on one core or one GPU.
 
-Same shapes, same random weights, same clip, same mask; float32 on both sides. Each side is a process of its own
-(sides.py) that is pinned to one core and works only when it is asked to.
+Same shapes, same random weights, same clip, same mask. On a core float32 on both sides; on a GPU bfloat16, PyTorch compiled
+and with its fused attention. Each side is a process of its own (sides.py), pinned to one core where it computes on it, and
+works only when it is asked to.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmm.bench.sides import SEED
+from vmm.bench.wait import Size, clip_flops
 from vmm.build import write_text
 from vmm.errors import UserError
 
@@ -27,12 +29,13 @@ SIZES = {
     "tiny": ((32, 2, 2), (16, 1, 2), (4, 32)),
     "small": ((384, 12, 6), (192, 4, 3), (16, 224)),
     "base": ((768, 12, 12), (384, 4, 6), (16, 224)),
+    "large": ((1024, 24, 16), (512, 4, 8), (16, 224)),
 }
 _RATIO, _TUBELET, _PATCH = 0.9, 2, 16
 _WORDS = {"train": "train step", "infer": "encoder, all tokens"}
 
 
-def bench_peers(size: str, rounds: int, batch: int = 1, path: Path | None = None) -> dict:
+def bench_peers(size: str, rounds: int, batch: int = 1, path: Path | None = None, device: str = "cpu") -> dict:
     """Measures and prints; returns what `path` is given as JSON.
 
     Raises:
@@ -47,13 +50,14 @@ def bench_peers(size: str, rounds: int, batch: int = 1, path: Path | None = None
         folder = Path(scratch)
         print(f"VideoMAE {size}, batch {batch}: weights, clip and mask", flush=True)
         _prepare(folder, size, batch)
-        sides = {name: _Side(name, folder) for name in ("vmm", "torch")}
+        sides = {name: _Side(name, folder, device) for name in ("vmm", "torch")}
         try:
             result = _measure(sides, rounds)
         finally:
             for side in sides.values():
                 side.close()
-    result |= {"size": size, "batch": batch, "rounds": rounds, "python": sys.version.split()[0]}
+    result["gflops_a_clip"] = _gflops(size)
+    result |= {"size": size, "batch": batch, "rounds": rounds, "device": device, "python": sys.version.split()[0]}
     _show(result)
     if path is not None:
         write_text(path, json.dumps(result, indent=2) + "\n")
@@ -95,17 +99,20 @@ def _prepare(folder: Path, size: str, batch: int) -> None:
 class _Side:
     """A process of sides.py. ask(word) → its answer."""
 
-    def __init__(self, name: str, folder: Path):
-        core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    def __init__(self, name: str, folder: Path, device: str):
+        pinned = device == "cpu" and hasattr(os, "sched_getaffinity")
+        core = max(os.sched_getaffinity(0)) if pinned else None
         flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
-        command = [sys.executable, "-m", "vmm.bench.sides", name, str(folder)]
+        if device == "gpu":  # both share its memory
+            environment = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        command = [sys.executable, "-m", "vmm.bench.sides", name, str(folder), device]
         if core is not None:
             pin = f"import os, runpy, sys; os.sched_setaffinity(0, {{{core}}}); sys.argv = sys.argv[1:]; "
             run = "runpy.run_module('vmm.bench.sides', run_name='__main__', alter_sys=True)"
-            command = [sys.executable, "-c", pin + run, "sides", name, str(folder)]
+            command = [sys.executable, "-c", pin + run, "sides", name, str(folder), device]
         self.name, self.log = name, tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
@@ -135,14 +142,18 @@ class _Side:
 
 
 def _measure(sides: dict, rounds: int) -> dict:
-    result: dict = {"memory_mb": {}, "losses": {}}
+    result: dict = {"memory_mb": {}, "compiling_mb": {}, "losses": {}}
     for word, what in _WORDS.items():
         for name, side in sides.items():
             print(f"{what}: {name} compiles and warms up", flush=True)
             first = [side.ask(word) for _ in range(2)]
             if word == "train":
                 result["losses"][name] = [answer["loss"] for answer in first]
+                compiling = side.ask("memory")["peak"] / 1024
+                side.ask("forget")
+                side.ask(word)
                 result["memory_mb"][name] = side.ask("memory")["peak"] / 1024
+                result["compiling_mb"][name] = compiling
     for word, what in _WORDS.items():
         times: dict = {name: [] for name in sides}
         for turn in range(rounds):
@@ -154,11 +165,22 @@ def _measure(sides: dict, rounds: int) -> dict:
         low, high = _interval(ratios)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         result[word] = {"seconds": seconds, "ratio": statistics.median(ratios), "low": low, "high": high}
-    sides["torch"].ask("bfloat16")
-    half = statistics.median(sides["torch"].ask("bfloat16")["seconds"] for _ in range(max(1, rounds // 2)))
-    result["bfloat16_seconds"] = half
+    if "bfloat16" in sides["torch"].words:
+        sides["torch"].ask("bfloat16")
+        half = statistics.median(sides["torch"].ask("bfloat16")["seconds"] for _ in range(max(1, rounds // 2)))
+        result["bfloat16_seconds"] = half
     result["gflops"] = {name: max(side.ask("peak")["gflops"] for _ in range(5)) for name, side in sides.items()}
     return result
+
+
+def _gflops(size: str) -> dict[str, float]:
+    """Returns what a clip costs: three forward passes less the first gradient, and the encoder over all tokens."""
+    (width, depth, _), (narrow, few, _), (frames, pixels) = SIZES[size]
+    model = Size(width, depth, _RATIO, narrow, few)
+    whole = clip_flops(Size(width, depth), frames, pixels, _TUBELET, _PATCH)
+    side = pixels // _PATCH
+    embed = 2 * frames // _TUBELET * side * side * _TUBELET * _PATCH * _PATCH * 3 * width
+    return {"train": clip_flops(model, frames, pixels, _TUBELET, _PATCH) / 1e9, "infer": (whole + embed) / 3e9}
 
 
 def _interval(values: list) -> tuple[float, float]:
@@ -169,17 +191,32 @@ def _interval(values: list) -> tuple[float, float]:
 
 
 def _show(result: dict) -> None:
-    table = Table("", "vmm", "PyTorch", "ratio", title=f"VideoMAE {result['size']}, float32, one core, in turn")
+    gpu = result["device"] == "gpu"
+    kind, where = ("bfloat16", "one GPU") if gpu else ("float32", "one core")
+    table = Table("", "vmm", "PyTorch", "ratio", title=f"VideoMAE {result['size']}, {kind}, {where}, in turn")
     for word, what in _WORDS.items():
         seconds, told = result[word]["seconds"], result[word]
         ratio = f"{told['ratio']:.2f} ({told['low']:.2f} to {told['high']:.2f})"
-        table.add_row(f"{what}, s of processor", f"{seconds['vmm']:.3f}", f"{seconds['torch']:.3f}", ratio)
-    memory, peaks, losses = result["memory_mb"], result["gflops"], result["losses"]
-    part = f"{memory['vmm'] / memory['torch']:.2f} of theirs"
-    table.add_row("peak memory of training, MB", f"{memory['vmm']:.0f}", f"{memory['torch']:.0f}", part)
-    table.add_row("float32 product, GFLOP/s", f"{peaks['vmm']:.0f}", f"{peaks['torch']:.0f}", "")
-    half = result["bfloat16_seconds"]
-    table.add_row("train step, their bfloat16, s", "", f"{half:.3f}", f"{half / result['train']['seconds']['vmm']:.2f}")
+        unit = "s" if gpu else "s of processor"
+        table.add_row(f"{what}, {unit}", f"{seconds['vmm']:.3f}", f"{seconds['torch']:.3f}", ratio)
+        share = [
+            100 * result["gflops_a_clip"][word] * result["batch"] / seconds[name] / result["gflops"][name]
+            for name in seconds
+        ]
+        table.add_row("  of that speed of the product below", *(f"{part:.0f} %" for part in share), "")
+    rates = {name: result["batch"] / seconds for name, seconds in result["train"]["seconds"].items()}
+    table.add_row("clips/s of training", f"{rates['vmm']:,.2f}", f"{rates['torch']:,.2f}", "")
+    for key, what in (("memory_mb", "peak memory of a step, MB"), ("compiling_mb", "the same with compiling, MB")):
+        memory = result[key]
+        part = f"{memory['vmm'] / memory['torch']:.2f} of theirs"
+        table.add_row(what, f"{memory['vmm']:.0f}", f"{memory['torch']:.0f}", part)
+    peaks, losses = result["gflops"], result["losses"]
+    table.add_row(f"{kind} product, GFLOP/s", f"{peaks['vmm']:.0f}", f"{peaks['torch']:.0f}", "")
+    if "bfloat16_seconds" in result:
+        half = result["bfloat16_seconds"]
+        table.add_row(
+            "train step, their bfloat16, s", "", f"{half:.3f}", f"{half / result['train']['seconds']['vmm']:.2f}"
+        )
     for step in range(2):
         ours, theirs = losses["vmm"][step], losses["torch"][step]
         table.add_row(f"loss of step {step + 1}", f"{ours:.6f}", f"{theirs:.6f}", f"{ours / theirs - 1:+.1e}")

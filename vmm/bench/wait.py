@@ -29,7 +29,7 @@ MODELS = {
 }
 
 
-def clip_flops(model: str, frames: int = 16, size: int = 224, tubelet: int = 2, patch: int = 16) -> float:
+def clip_flops(model: str | Size, frames: int = 16, size: int = 224, tubelet: int = 2, patch: int = 16) -> float:
     """Returns the floating-point operations of training on one clip: three forward passes less the embedding's first.
 
     A block of width d over n tokens takes 24 n d² + 4 n² d, the products of its matrices. Sound, text, heads
@@ -38,9 +38,9 @@ def clip_flops(model: str, frames: int = 16, size: int = 224, tubelet: int = 2, 
     Raises:
       UserError: no such model; lists the known ones.
     """
-    if model not in MODELS:
+    if isinstance(model, str) and model not in MODELS:
         raise UserError(f"--model: {one_of(model, MODELS)}")
-    width, depth, masked, narrow, decoder = MODELS[model]
+    width, depth, masked, narrow, decoder = MODELS[model] if isinstance(model, str) else model
     side = size // patch
     place = side * side
     tokens = frames // tubelet * place

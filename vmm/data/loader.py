@@ -90,6 +90,7 @@ class Loader:
             samples.clips = [clip for clip, parts in zip(samples.clips, buckets) if parts]
             buckets = [parts for parts in buckets if parts]
         order = Order(buckets, batch, seed)
+        self.order = order
         place = _Place(samples, order, slice(host * local, (host + 1) * local), start)
         count = max(0, stop - start)
         dataset = grain.MapDataset.range(count * local).map(place).batch(local, batch_fn=stack)
@@ -124,6 +125,12 @@ class Loader:
                 f"{len(self.bad)} of {len(self.rows)} files could not be decoded, more than the budget of "
                 f"{self.budget:.1%} (data.budget); {bad_summary(self.bad)}\n{bad_list(self.bad)}"
             )
+
+    def planned(self, step: int) -> list[dict]:
+        """Returns index, clip and epoch of each sample of a step's global batch, in its order; the first step is 0."""
+        places = [self.order(step, place) for place in range(self.order.batch)]
+        first = step * self.order.batch
+        return [{"index": first + i, "id": self.rows[p.row].id, "epoch": int(p.epoch)} for i, p in enumerate(places)]
 
     def close(self) -> None:
         """Stops reading ahead; the loader cannot be iterated after it."""

@@ -125,8 +125,10 @@ class Sandbox:
         if isinstance(error, (EOFError, ConnectionError)):
             self.process.join(5)
         code = self.process.exitcode
-        if self.expired or code in (-signal.SIGPROF, -signal.SIGALRM):
+        if code == -signal.SIGPROF:
             return Died("timeout", f"over {self.limits.seconds:g} s")
+        if self.expired or code == -signal.SIGALRM:
+            return Died("timeout", f"waited for over {_PATIENCE * self.limits.seconds:g} s")
         if code == -signal.SIGKILL:
             return Died("killed", "by the system or somebody else")
         if code is not None and code < 0:
@@ -155,6 +157,9 @@ class Sandbox:
 def _child(pipe: Connection, function: str, limits: Limits) -> None:
     """Runs in the child: answers calls until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
+    # One child a core is the caller's choice: a library's pool of threads in each would spin on cores that others use, and
+    # count as this call's processor time.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, name = function.split(":")
     call = getattr(importlib.import_module(module), name)

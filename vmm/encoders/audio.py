@@ -47,7 +47,7 @@ class AudioEncoder(nn.Module):
     final_norm: bool = True
     block: Mapping = dataclasses.field(default_factory=dict)
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: str = "float32"
 
     @property

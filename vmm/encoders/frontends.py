@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vmm.mel import mel_filters, slaney_filters
+from vmm.sharding import by_clip
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -91,5 +92,8 @@ def _hann(window: int) -> np.ndarray:
 
 
 def _power(frames: Float[Array, "B F W"], transform: int) -> Float[Array, "B F R"]:
-    spectrum = jnp.fft.rfft(frames, n=transform)
-    return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    def power(frames):
+        spectrum = jnp.fft.rfft(frames, n=transform)
+        return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+    return by_clip(power, frames)

@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
     final_norm: bool = True
     block: Mapping = dataclasses.field(default_factory=dict)
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: str = "float32"
 
     def patches(self, text: Int[Array, "B L"]) -> Patches:

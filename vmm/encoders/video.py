@@ -57,7 +57,7 @@ class VideoEncoder(nn.Module):
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     deviation: tuple[float, float, float] = (127.5, 127.5, 127.5)
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: str = "float32"
 
     def patches(self, video: UInt8[Array, "B T H W 3"]) -> Patches:

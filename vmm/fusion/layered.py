@@ -24,7 +24,7 @@ class Fusion(nn.Module):
     heads: int
     ratio: float = 4.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     block: Mapping = dataclasses.field(default_factory=dict)
 
 

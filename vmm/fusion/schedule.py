@@ -33,7 +33,7 @@ class Schedule(nn.Module):
     heads: int
     ratio: float = 4.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     block: Mapping = dataclasses.field(default_factory=dict)
     fields: Mapping = dataclasses.field(default_factory=dict)
 

@@ -9,7 +9,9 @@ from jaxtyping import Array, Bool, Float
 
 from vmm.errors import UserError
 from vmm.layers.chunks import chunked, rows_of
-from vmm.layers.dense import Dense, on_one_cpu
+from vmm.layers.dense import Dense
+from vmm.layers.kernels import choose, fused
+from vmm.sharding import constrain
 
 
 def attention(
@@ -26,11 +28,15 @@ def attention(
     cap · tanh(l / cap) (Gemma 2, 2024), 0: as they are. A query that may see no valid key gets zeros. Softmax in
     float32. FLOPs forward: 4 Q K A d a sample.
 
-    On one CPU device from 128 × 128 logits on a head and some queries go at a time (chunks.py); elsewhere all at once.
+    Tokens of a clip that are split over devices meet the keys and values of all. kernels.choose says how it is computed.
     """
-    queries, keys = query.shape[1], key.shape[1]
-    if on_one_cpu() and queries * keys >= 128 * 128:
-        return chunked(query, key, value, valid, mask, cap, rows_of(queries, keys))
+    query = constrain(query, "batch", "tokens", "heads", None)
+    key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
+    kind = choose(query, key, mask, cap)
+    if kind in ("cudnn", "splash"):
+        return fused(kind, query, key, value, valid)
+    if kind == "chunked":
+        return chunked(query, key, value, valid, mask, cap, rows_of(query.shape[1], key.shape[1]))
     logits = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(query.shape[-1])
     if cap:

@@ -96,23 +96,47 @@ def make_block(heads: int, ratio: float, spec: Mapping, name: str) -> Block:
     return make(Block, spec, "block", heads=heads, ratio=ratio, name=name)
 
 
+# What is kept of a layer for its gradient; the rest is computed again (Chen et al. 2016). The numbers are the same.
+REMAT = {
+    "full": None,  # nothing but the layer's input
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of parameters: all but attention's own
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),  # those, in the host's memory
+}
+
+
+def rematerialised(layer: type[nn.Module], remat: bool | str, scan: bool) -> type[nn.Module]:
+    """Returns the layer, or one that keeps for its gradient what REMAT[remat] says; True is "full", False keeps everything.
+
+    Raises:
+      UserError: no such way.
+    """
+    if not remat:
+        return layer
+    way = "full" if remat is True else remat
+    if way not in REMAT:
+        raise UserError(f"remat: unknown {remat!r}; False, True, or {one_of(way, REMAT)}")
+    return nn.remat(layer, prevent_cse=not scan, policy=REMAT[way])
+
+
 class Repeat(nn.Module):
     """A layer, depth times: carry → carry, with constants that every layer reads.
 
     layer: a Module class with __call__(carry, constants) → carry. fields: its fields.
     scan: one compiled layer over stacked parameters (axis "layers"): compile time does not grow
-    with depth. remat: activations inside a layer are computed again for the gradient.
+    with depth. remat: what of a layer is computed again for the gradient: True or a name of REMAT.
     """
 
     layer: type[nn.Module]
     fields: Mapping
     depth: int
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, carry, constants):
-        layer = nn.remat(self.layer, prevent_cse=not self.scan) if self.remat else self.layer
+        layer = rematerialised(self.layer, self.remat, self.scan)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):
                 carry = layer(**self.fields, name=f"layer_{i}")(carry, constants)
@@ -167,7 +191,7 @@ class Stack(nn.Module):
     heads: int
     ratio: float = 4.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     block: Mapping = dataclasses.field(default_factory=dict)
     final_norm: bool = True
 

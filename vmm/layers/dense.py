@@ -12,15 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vmm.errors import UserError
-from vmm.sharding import named
+from vmm.sharding import constrain, named, platform
 
 
 def on_one_cpu() -> bool:
-    """Whether what is traced now is for one CPU device, where products and attention have forms of their own.
-
-    A program compiled for one device that is not there counts as one for the default backend.
-    """
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    """Whether what is traced now is for one CPU device, where products and attention have forms of their own."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 @jax.custom_vjp
@@ -70,7 +67,8 @@ class Dense(nn.Module):
             return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape_)
 
         kernel = self.param("kernel", named(init, self.axes), (*shape, *self.features), jnp.float32)
-        kernel = kernel.astype(x.dtype)
+        # Held to how it is stored: it is gathered in the type it is used in, and its gradient scattered as it is summed.
+        kernel = constrain(kernel.astype(x.dtype), *self.axes)
         if on_one_cpu():
             before, inside, after = x.shape[: x.ndim - self.inputs], math.prod(shape), math.prod(self.features)
             y = _product(x.reshape(math.prod(before), inside), kernel.reshape(inside, after))
@@ -111,7 +109,10 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         init = named(nn.initializers.normal(self.width**-0.5), self.axes)
-        return self.param("table", init, (self.entries, self.width), jnp.float32)[ids] * self.width**0.5
+        table = self.param("table", init, (self.entries, self.width), jnp.float32)
+        # Rows are gathered whole before they are looked up: XLA's partitioner has no way from split rows to split tokens.
+        x = constrain(table, self.axes[0], None)[ids] * self.width**0.5
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def vector(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:

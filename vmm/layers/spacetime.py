@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vmm.build import make
 from vmm.errors import UserError, one_of
 from vmm.layers.attention import Attention, attention
-from vmm.layers.blocks import Block, BlockLayer, Repeat
+from vmm.layers.blocks import Block, BlockLayer, Repeat, rematerialised
 from vmm.layers.dense import Dense, LayerNorm, scalar
 from vmm.layers.positions import Positions, places, ravel, rotary_at
 from vmm.layers.tokens import gather, prepend
@@ -419,12 +419,12 @@ class Layers(nn.Module):
 
     fields: tuple
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, carry, constants):
         if not self.scan:
-            layer = nn.remat(SpaceTimeLayer) if self.remat else SpaceTimeLayer
+            layer = rematerialised(SpaceTimeLayer, self.remat, scan=False)
             for i, fields in enumerate(self.fields):
                 carry = layer(**fields, name=f"layer_{i}")(carry, constants)
             return carry
@@ -458,7 +458,7 @@ class SpaceTimeStack(nn.Module):
     heads: int
     ratio: float = 4.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     block: Mapping = dataclasses.field(default_factory=dict)
     final_norm: bool = True
     attention: str | Mapping | tuple = "divided"

@@ -33,6 +33,8 @@ class Predictor(nn.Module):
     heads: int
     positions: str = "sincos"
     block: Mapping = dataclasses.field(default_factory=dict)
+    scan: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(
@@ -60,7 +62,8 @@ class Predictor(nn.Module):
             turns.append(rotary(self.positions, at, grids[stream], self.width // self.heads))
         x, valid = (jnp.concatenate(part, axis=1) for part in zip(*parts))
         turn = None if turns[0] is None else tuple(jnp.concatenate(part, axis=1) for part in zip(*turns))
-        x = Stack(self.depth, self.heads, block=self.block, name="stack")(x, valid, rotary=turn)
+        stack = Stack(self.depth, self.heads, scan=self.scan, remat=self.remat, block=self.block, name="stack")
+        x = stack(x, valid, rotary=turn)
         return Dense((self.outputs,), ("embed", None), name="head")(
             x[:, x.shape[1] - hidden.shape[1] :].astype(jnp.float32)
         )
@@ -81,7 +84,7 @@ class Latent(nn.Module):
     blocks, each token of each normalised. normalise: targets have mean 0 and variance 1 a token.
     error: "l1", "l2" or "smooth_l1" (e² / 2β below β, |e| − β / 2 above), the mean over the width. beta: β.
     width, depth, heads: of the predictor. positions: its kind, see layers.Positions; a rotary one too. block: further
-    fields of layers.Block.
+    fields of layers.Block. scan, remat: of its layers, see layers.Repeat.
     """
 
     view: str = "masked"
@@ -99,6 +102,8 @@ class Latent(nn.Module):
     heads: int = 4
     positions: str = "sincos"
     block: Mapping = dataclasses.field(default_factory=dict)
+    scan: bool = False
+    remat: bool | str = False
 
     needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -128,7 +133,8 @@ class Latent(nn.Module):
             hidden = outputs.masks[name].hidden
             there = gather(outputs.patches[name].valid, hidden)
             size = streams[name].x.shape[-1]
-            predictor = Predictor(size, self.width, self.depth, self.heads, self.positions, self.block, name=name)
+            fields = (size, self.width, self.depth, self.heads, self.positions, self.block, self.scan, self.remat)
+            predictor = Predictor(*fields, name=name)
             predictions[name] = predictor(shown, name, hidden, there, grids)
         return predictions
 

@@ -37,6 +37,8 @@ class Decoder(nn.Module):
     positions: str = "sincos"
     block: Mapping = dataclasses.field(default_factory=dict)
     enter_bias: bool = True
+    scan: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, shown: Tokens, hidden, hidden_valid, grid: tuple, others: Mapping = {}):
@@ -53,7 +55,7 @@ class Decoder(nn.Module):
             x.append(Positions(self.positions, name=f"positions_{name}")(y, tokens.at, its_grid))
             valid.append(tokens.valid)
         x, valid, first = jnp.concatenate(x, axis=1), jnp.concatenate(valid, axis=1), shown.x.shape[1]
-        x = Stack(self.depth, self.heads, self.ratio, block=self.block, name="stack")(x, valid)
+        x = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, self.block, name="stack")(x, valid)
         x = x[:, first : first + hidden.shape[1]]
         return Dense((self.outputs,), ("embed", None), name="head")(x.astype(jnp.float32))
 
@@ -87,7 +89,8 @@ class Masked(nn.Module):
 
     view, weight: see Recipe; the view must hide tokens of every modality named here.
     modalities: streams to predict. width, depth, heads, ratio: of each stream's decoder; enter_bias: of its first
-    map. positions: of the decoder, see layers.Positions. block: further fields of layers.Block.
+    map. positions: of the decoder, see layers.Positions. block: further fields of layers.Block. scan, remat: of its layers,
+    see layers.Repeat.
     context: streams whose shown tokens each decoder sees besides its own stream's. With a mask of ratio 1 for one
     modality it is painted in from the others alone (cross-modal inpainting). (): only what fusion has brought over.
     decode: share of the hidden tokens that training predicts, by `running_cells` (dual masking, VideoMAE V2): the
@@ -109,6 +112,8 @@ class Masked(nn.Module):
     enter_bias: bool = True
     context: tuple[str, ...] = ()
     decode: float = 1.0
+    scan: bool = False
+    remat: bool | str = False
 
     needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -142,6 +147,8 @@ class Masked(nn.Module):
                 self.positions,
                 self.block,
                 self.enter_bias,
+                self.scan,
+                self.remat,
                 name=name,
             )
             others = {

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vmm.errors import StorageError
+from vmm.layers.kernels import attention_flops
+from vmm.paths import is_remote
 
 # Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets. Longest match wins.
 PEAKS = {
@@ -36,7 +38,8 @@ def peak_flops() -> float | None:
 
 
 def count_flops(function: jax.stages.Wrapped, *args) -> int:
-    """Returns the FLOPs of the matrix products in a call, scans multiplied out (XLA counts their body once).
+    """Returns the FLOPs of the matrix products in a call, kernels of attention too, scans multiplied out (XLA counts their
+    body once).
 
     function is jitted; it is traced, not run, and its first call finds that trace. args are arrays or shapes.
     2 · M · N · K a product, all devices together.
@@ -47,11 +50,18 @@ def count_flops(function: jax.stages.Wrapped, *args) -> int:
 def _count(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
+        by_kernel = attention_flops(equation)
+        if by_kernel is not None:
+            total += by_kernel
+            continue
         if equation.primitive.name == "dot_general":
             (contract, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * int(np.prod([left[i] for i in contract]))
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "shard_map":  # inside, shapes are of one device
+            split = {name for axis in equation.params["out_specs"][0] if axis for name in np.atleast_1d(axis)}
+            times = int(np.prod([equation.params["mesh"].shape[name] for name in split]))
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
@@ -75,8 +85,11 @@ class MetricLog:
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) != len(rows) or (path.exists() and not path.read_text().endswith("\n")):
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(path, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        if is_remote(path):  # TensorBoard's writer knows no buckets: metrics.jsonl holds the same numbers
+            self.file, self.board = _InBucket(path, kept), None
+        else:
+            self.file = open(path, "a", encoding="utf-8")
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping) -> None:
         """Writes one row; not-a-number is written as null.
@@ -91,7 +104,7 @@ class MetricLog:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
             for key, value in row.items():
-                if value is not None:
+                if value is not None and self.board is not None:
                     self.board.add_scalar(key, value, step)
         except OSError as error:
             raise StorageError(
@@ -102,7 +115,27 @@ class MetricLog:
         """Closes the files."""
         if self.active:
             self.file.close()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
+
+
+class _InBucket:
+    """Lines of a file in a bucket, where nothing can be appended: written whole, at most every 30 s and at the end."""
+
+    def __init__(self, path, rows: list[dict]):
+        self.path, self.name, self.at = path, str(path), 0.0
+        self.text = "".join(json.dumps(row) + "\n" for row in rows)
+
+    def write(self, line: str) -> None:
+        self.text += line
+
+    def flush(self) -> None:
+        if time.monotonic() - self.at > 30:
+            self.close()
+
+    def close(self) -> None:
+        self.at = time.monotonic()
+        self.path.write_text(self.text)
 
 
 def read_rows(path: Path) -> list[dict]:

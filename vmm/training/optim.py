@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, clipping, and ordered (regex, value) rules over parameter paths."""
+"""AdamW or Adafactor with warm-up and cosine, clipping, and ordered (regex, value) rules over parameter paths."""
 
 import dataclasses
 import re
@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vmm.errors import UserError
+from vmm.errors import UserError, one_of
 
 Rules = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW (Loshchilov & Hutter 2019).
+    """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018) as ViT-G is trained by (Zhai et al. 2022).
 
+    kind: "adamw" or "adafactor": the second moment of a matrix is a row and a column, each update is clipped to a root mean
+    square of 1 (eq. 8), and the first moment is of what comes out.
+    moments: "float32" or "bfloat16", what the first moment is kept in; the second stays float32, where a decay above 0.996
+    would never move a bfloat16 number. offload: moments lie in the host's memory between steps (GPU and TPU).
     learning_rate: peak. warmup: steps of linear rise from 0; then a cosine to
     `final` · learning_rate at the last step. clip: largest global norm of the gradient, 0: off.
     ema: decay of the running average of parameters, 0: none. ema_end: it changes evenly to this by the last step (the
@@ -27,6 +31,9 @@ class Optim:
     multiplier of 0 freezes: no gradient, no decay, no moments.
     """
 
+    kind: str = "adamw"
+    moments: str = "float32"
+    offload: bool = False
     learning_rate: float = 1e-3
     warmup: int = 0
     final: float = 0.0
@@ -103,6 +110,26 @@ def _decay(rate: float, values) -> optax.GradientTransformation:
     )
 
 
+def _moments(optim: Optim) -> optax.GradientTransformation:
+    """Returns what turns a gradient into an update of about unit size.
+
+    Raises:
+      UserError: an unknown kind or type.
+    """
+    if optim.moments not in ("float32", "bfloat16"):
+        raise UserError(f"optim.moments: must be float32 or bfloat16, got {optim.moments!r}")
+    kind = jnp.dtype(optim.moments)
+    if optim.kind == "adamw":
+        return optax.scale_by_adam(optim.b1, optim.b2, optim.epsilon, mu_dtype=kind)
+    if optim.kind == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(optim.b1, debias=True, accumulator_dtype=kind) if optim.b1 else optax.identity(),
+        )
+    raise UserError(f"optim.kind: unknown {optim.kind!r}; {one_of(optim.kind, ('adafactor', 'adamw'))}")
+
+
 def trainable(optim: Optim, params):
     """Returns a tree of bools: False where a rate rule of 0 freezes the parameter."""
     return jax.tree.map(lambda rate: rate != 0, match(optim.rate_rules, params, "optim.rate_rules"))
@@ -111,7 +138,7 @@ def trainable(optim: Optim, params):
 def make_optimizer(optim: Optim, params, steps: int) -> optax.GradientTransformation:
     """Returns the optimizer for these parameters (arrays or shapes).
 
-    Order: clip → Adam → decay → rate multiplier → schedule; frozen parameters get no update and
+    Order: clip → moments → decay → rate multiplier → schedule; frozen parameters get no update and
     have no moments, and do not count in the norm that is clipped.
 
     Raises:
@@ -126,7 +153,7 @@ def make_optimizer(optim: Optim, params, steps: int) -> optax.GradientTransforma
     masked = lambda values: jax.tree.map(lambda v, f: v if f else optax.MaskedNode(), values, free)  # noqa: E731
     chain = optax.chain(
         optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.epsilon),
+        _moments(optim),
         _decay(optim.weight_decay, masked(decays)),
         _scale(masked(rates)),
         optax.scale_by_learning_rate(schedule(optim, steps)),
