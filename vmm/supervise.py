@@ -57,7 +57,7 @@ def supervise(
     stop, failures, started, saved = _Stop(), 0, 0, newest(workdir)
     while True:
         # A group of its own: a terminal's Ctrl-C comes once, from here.
-        stop.child = subprocess.Popen(command, preexec_fn=_end_with_parent, process_group=0)
+        stop.child = subprocess.Popen(command, preexec_fn=end_with_parent, process_group=0)
         if stop.asked is not None:  # it came in between
             stop.child.send_signal(stop.asked)
         code = stop.child.wait()
@@ -108,7 +108,7 @@ def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: a SIGTERM when the supervisor dies, so that no run goes on that nobody watches."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

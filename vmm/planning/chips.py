@@ -6,22 +6,22 @@ import re
 from itertools import combinations_with_replacement
 
 from vmm.errors import UserError, one_of
+from vmm.training.peaks import peak_of
 
 GB, GIB = 1e9, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it.
+    """One device as JAX sees it; `peak`: its dense bfloat16 FLOP/s.
 
-    peak: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth: of that memory, bytes/s. link: bytes/s of one
+    memory: bytes a program may use. bandwidth: of that memory, bytes/s. link: bytes/s of one
     interconnect link in one direction. axes: of the torus; 0: a switch, `link` is all that a device can send. network:
     bytes/s a device has of the network between slices or nodes. wraps: torus sides of a multiple of this close to a
     ring. cores: devices a chip. named: TensorCores that a slice's name counts for each chip. host: devices of a host.
     """
 
     kind: str
-    peak: float
     memory: float
     bandwidth: float
     link: float
@@ -31,9 +31,14 @@ class Chip:
     cores: int = 1
     named: int = 1
     host: int = 4
+    nominal: float = 0.0  # FLOP/s of a device that no table knows
+
+    @property
+    def peak(self) -> float:
+        return peak_of(self.kind) or self.nominal
 
 
-# TPUs: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, peak, memory bandwidth, "bidirectional ICI
+# TPUs: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, memory bandwidth, "bidirectional ICI
 # bandwidth per chip" / 2 / links, "DCN bandwidth per chip" (of v4 no figure is published: v5p's is taken; of v5e that of a
 # pod, 6.4 Tbit/s, by 256). Memory is what libtpu 0.0.42 says that a program has when one does not fit: less than
 # the sheet's. v5e and v6e close a ring only where a side is the pod's 16; v4, v5p and tpu7x where it is made of
@@ -41,13 +46,13 @@ class Chip:
 # GPUs: NVIDIA's H100 and H200 SXM data sheets (dense bfloat16; NVLink 900 GB/s both ways) and DGX's one 400 Gbit/s
 # adapter a GPU; about 6 % of the memory is the driver's and the libraries'.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB, wraps=4, named=2),
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819 * GB, 50 * GB, 2, 3.125 * GB, wraps=16),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB, wraps=4, named=2),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB, wraps=16),
-    "tpu7x": Chip("TPU7x", 1153.5e12, 94.75 * GIB, 3690 * GB, 50 * GB, 3, 6.25 * GB, wraps=4, cores=2, named=2, host=8),
-    "h100": Chip("NVIDIA H100", 989e12, 80 * GB * 0.94, 3350 * GB, 450 * GB, 0, 50 * GB, host=8),
-    "h200": Chip("NVIDIA H200", 989e12, 141 * GB * 0.94, 4800 * GB, 450 * GB, 0, 50 * GB, host=8),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1200 * GB, 50 * GB, 3, 6.25 * GB, wraps=4, named=2),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819 * GB, 50 * GB, 2, 3.125 * GB, wraps=16),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 2765 * GB, 100 * GB, 3, 6.25 * GB, wraps=4, named=2),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1638 * GB, 100 * GB, 2, 12.5 * GB, wraps=16),
+    "tpu7x": Chip("TPU7x", 94.75 * GIB, 3690 * GB, 50 * GB, 3, 6.25 * GB, wraps=4, cores=2, named=2, host=8),
+    "h100": Chip("NVIDIA H100", 80 * GB * 0.94, 3350 * GB, 450 * GB, 0, 50 * GB, host=8),
+    "h200": Chip("NVIDIA H200", 141 * GB * 0.94, 4800 * GB, 450 * GB, 0, 50 * GB, host=8),
 }
 ALIASES = {"v5litepod": "v5e", "v6litepod": "v6e", "v7x": "tpu7x"}
 
@@ -174,4 +179,4 @@ def _sides(chips: int, chip: Chip) -> tuple[int, ...] | None:
 def _cpu(devices: int) -> Chip:
     """A share of this machine: its memory is real, its speeds are only nominal."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    return Chip("CPU", 1e11, memory, 10 * GB, 5 * GB, 0, 5 * GB, host=devices)
+    return Chip("CPU", memory, 10 * GB, 5 * GB, 0, 5 * GB, host=devices, nominal=1e11)

@@ -20,7 +20,7 @@ from vmm.planning.collectives import Collective, collectives
 from vmm.planning.expected import expect
 from vmm.planning.hlo import Module, memory_traffic
 from vmm.planning.roofline import Roofline, clips_a_second, places, roofline
-from vmm.planning.topology import compiler_options, devices
+from vmm.planning.topology import devices
 from vmm.sharding import check_batch, place_batch
 from vmm.training.metrics import count_flops
 from vmm.training.optim import path_of
@@ -136,7 +136,7 @@ def plan(config: Mapping, target: Target, quick: bool = False, keep: Path | None
     model_flops = _model_flops(config, mesh, flops)
     began, spent = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
-        compiled, needed = _compile(program.step.lower(program.shapes, batch), compiler_options(target), quick)
+        compiled, needed = _compile(program.step.lower(program.shapes, batch), quick)
     seconds, processor = time.perf_counter() - began, time.process_time() - spent
     sizes = {axis: int(size) for axis, size in mesh.shape.items()}
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(program.shapes.params)[0]}
@@ -164,14 +164,14 @@ def plan(config: Mapping, target: Target, quick: bool = False, keep: Path | None
     return dataclasses.replace(result, advice=tuple(advise(result)))
 
 
-def _compile(lowered, options: Mapping[str, str], quick: bool):
+def _compile(lowered, quick: bool):
     """Returns (the program, None), or where it does not fit (None, bytes that it needs)."""
     cached, level = jax.config.jax_enable_compilation_cache, jax.config.jax_optimization_level
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache says nothing of its memory
     if quick:
         jax.config.update("jax_optimization_level", "O1")
     try:
-        return lowered.compile(compiler_options=dict(options) or None), None
+        return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:

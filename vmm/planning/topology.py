@@ -18,10 +18,6 @@ _TPU = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 
-# XLA's compiler for TPUs multiplies by a gathered parameter piece by piece from this size on ("windowed einsum"): each pass
-# sends the pieces again, and hundreds of small loops make the program slow to compile.
-_WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-
 
 def libtpu_folder() -> Path | None:
     """Returns the folder that holds libtpu: the environment's packages, or `libtpu` beside them, which `make` fills.
@@ -103,11 +99,6 @@ def devices(target: Target) -> list:
 
 
 _FAMILIES = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-
-
-def compiler_options(target: Target) -> dict[str, str]:
-    """Returns what the step is compiled with beyond XLA's defaults."""
-    return dict(_WHOLE_PRODUCTS) if target.platform == "tpu" else {}
 
 
 def _gpu(target: Target) -> str:

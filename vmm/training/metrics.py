@@ -14,27 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vmm.errors import StorageError
 from vmm.layers.kernels import attention_flops
 from vmm.paths import is_remote
-
-# Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets. Longest match wins.
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 137.5e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 229.5e12,
-    "TPU v6 lite": 918e12,
-}
+from vmm.training.peaks import peak_of
 
 
 def peak_flops() -> float | None:
     """Returns the known bfloat16 peak of all the job's devices, None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    names = [name for name in PEAKS if name in kind]
-    return PEAKS[max(names, key=len)] * jax.device_count() if names else None
+    peak = peak_of(jax.devices()[0].device_kind)
+    return peak * jax.device_count() if peak else None
 
 
 def count_flops(function: jax.stages.Wrapped, *args) -> int:
