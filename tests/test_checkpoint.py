@@ -152,6 +152,18 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_look(state, sav
     checkpoints.close()
 
 
+def test_what_closing_tells_of_a_failed_save_is_one_line(saved, tmp_path, monkeypatch):
+    """Orbax raises a background write's error once more when it is closed, as a ValueError of TensorStore."""
+    checkpoints = copy(saved, tmp_path)
+
+    def failing():
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a long trace")
+
+    monkeypatch.setattr(checkpoints.orbax, "close", failing)
+    with pytest.raises(StorageError, match="No space left on device.*is intact"):
+        checkpoints.close()
+
+
 def corrupted(state: State, number: int) -> State:
     """The state with one bit of one device's copy of the bias changed."""
     bias = state.params["bias"]

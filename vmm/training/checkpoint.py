@@ -109,7 +109,7 @@ class Checkpoints:
                     f"{self.folder}: a checkpoint of step {step} or later is there already; move it away"
                 )
             self.pending = _Save(response)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: TensorStore's word for a full disk
             raise StorageError(self._full(error)) from None
 
     def poll(self) -> None:
@@ -218,9 +218,18 @@ class Checkpoints:
         return where
 
     def close(self) -> None:
-        """Waits for the last save, then closes."""
-        self.wait()
-        self.orbax.close()
+        """Waits for the last save, then closes.
+
+        Raises:
+          StorageError: a save failed; Orbax tells of it here again.
+        """
+        try:
+            self.wait()
+        finally:
+            try:
+                self.orbax.close()
+            except Exception as error:  # Orbax and TensorStore raise several kinds
+                raise StorageError(self._full(error)) from None
 
 
 def _any_host(mine: bool) -> bool:
