@@ -1,13 +1,18 @@
 """Kernels of attention against plain attention: values, gradients, what they are chosen for, what they count for."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from vmm import sharding
 from vmm.layers import kernels
 from vmm.layers.attention import attention
+from vmm.planning.topology import libtpu_folder
 from vmm.sharding import MeshShape, make_mesh
 from vmm.training.metrics import count_flops
 
@@ -124,3 +129,31 @@ def test_cudnn_attention_is_attention(width):
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     for ours, theirs in zip(found(q, k, v), found(*wide)):
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.03 * float(jnp.abs(theirs).max()))
+
+
+ELSEWHERE = """
+from vmm.planning import topology
+from vmm.planning.chips import parse_device
+target = parse_device("v5e-8")
+topology.prepare(target)
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from vmm.layers.attention import attention
+from vmm.sharding import MeshShape, make_mesh
+mesh = make_mesh(MeshShape(2, 2, 1, 2), topology.devices(target))
+with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    x = jax.ShapeDtypeStruct((8, 1568, 2, 64), jnp.bfloat16, sharding=place)
+    valid = jax.ShapeDtypeStruct((8, 1568), bool, sharding=place)
+    function = lambda *given: attention(*given).astype(jnp.float32).sum()
+    text = jax.jit(jax.grad(function, argnums=(0, 1, 2))).lower(x, x, x, valid).compile().as_text()
+print(text.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.skipif(libtpu_folder() is None, reason="libtpu is not installed: make libtpu")
+def test_a_tpus_compiler_takes_the_kernel():
+    """Three kernels, forward and backward, on a mesh that splits queries too, for a slice that is not there."""
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
