@@ -6,6 +6,7 @@ Nothing else is state: to resume, start at another step, with any number of work
 
 import dataclasses
 import gc
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,11 @@ class _Place:
         return self.samples(step * self.order.batch + place, epoch, row, peers, bucket)
 
 
+def _leave_signals(worker: int, workers: int) -> None:
+    """In a worker process: a terminal's Ctrl-C comes to all of them, and is for the trainer to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Loader:
     """Batches of this host from `start` on. Iterate it; close() stops its threads and processes.
 
@@ -102,7 +108,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags when it starts processes
             iterable = iterable.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2), _leave_signals
             )
         self.iterator = iter(iterable)
 
