@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
 # What is not the full recipe and its small version.
 VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "world_latent.py": ("", "small", "random")}
+VARIANTS["finetune_classify.py"] = ("", "probe", "lora", "layer_decay", "scratch", "small")
 
 
 def cases():

@@ -4,11 +4,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_config
+from sklearn import metrics
 
 from vmm.build import load_config
-from vmm.evals.classification import Classification, accuracy
+from vmm.errors import UserError
+from vmm.evals.calibration import softmax
+from vmm.evals.classification import Classification, accuracy, confusion, hits, macro, per_class, votes
 from vmm.evals.probe import Probe
 from vmm.evals.retrieval import Retrieval, ranks, recall, table
+from vmm.evals.tagging import Tagging, average_precision, curves, roc_area
 from vmm.evaluate import Predict, grid
 from vmm.experiment import Experiment
 from vmm.sharding import MeshShape, make_mesh
@@ -92,7 +96,7 @@ def test_retrieval_takes_the_same_complete_clips_for_every_direction():
     vectors = rng.normal(size=(20, 8))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = {f"contrast/{name}": vectors for name in ("video", "audio", "text")}
-    rows |= {f"present/{name}": np.ones(20, bool) for name in ("video", "audio", "text")}
+    rows |= {f"present/{name}": np.ones(20, bool) for name in ("video", "audio", "text")} | {"row": np.arange(20)}
     rows["present/audio"] = np.arange(20) >= 5
     values = Retrieval(data="test")(lambda manifest, subset: rows)
     assert values["clips"] == 15
@@ -143,8 +147,167 @@ def test_grid_keeps_order():
 
 
 def test_unknown_evaluator_lists_the_known(world_folder):
-    from vmm.errors import UserError
-
     config = load_config("configs/demo.py:small") | {"evals": {"x": {"kind": "retreival", "data": ""}}}
     with pytest.raises(UserError, match="did you mean 'retrieval'"):
         Experiment(config)
+
+
+# ---- classes and tags -----------------------------------------------------------------------------
+
+
+def test_hits_share_ties_at_the_edge():
+    logits = np.array([[3.0, 2, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [np.nan, 0, 0, 0], [0, np.nan, 1, 0]])
+    labels = np.array([1, 2, 3, 0, 2])
+    assert hits(logits, labels).tolist() == [0, 1 / 3, 1 / 4, 0, 1]
+    assert hits(logits, labels, 2).tolist() == [1, 2 / 3, 1 / 2, 0, 1]
+    assert hits(logits, labels, 5).tolist() == [1, 1, 1, 0, 1]
+    noise = np.random.default_rng(0).normal(size=(2000, 20))
+    assert hits(noise, np.arange(2000) % 20, 5).mean() == pytest.approx(0.25, abs=0.04)
+
+
+def test_per_class_by_hand():
+    """Truth 0 0 0 1 1 2; predicted 0 0 1 1 0 2: precision 2/3, 1/2, 1; recall 2/3, 1/2, 1."""
+    labels, guess = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 2])
+    logits = np.eye(4)[guess]
+    assert confusion(logits, labels).tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    scores = per_class(votes(logits), labels)
+    assert scores.precision[:3] == pytest.approx([2 / 3, 1 / 2, 1]) and scores.recall[:3] == pytest.approx(
+        [2 / 3, 0.5, 1]
+    )
+    assert scores.f1[:3] == pytest.approx([2 / 3, 1 / 2, 1]) and scores.count.tolist() == [3, 2, 1, 0]
+    assert np.isnan([scores.precision[3], scores.recall[3], scores.f1[3]]).all(), "no clip of class 3"
+    found = macro(votes(logits), labels)
+    assert found == pytest.approx(dict.fromkeys(("macro_precision", "macro_recall", "macro_f1"), 13 / 18))
+
+
+def test_macro_scores_are_those_of_scikit_learn():
+    rng = np.random.default_rng(1)
+    labels, logits = rng.integers(0, 5, 200), rng.normal(size=(200, 5))
+    found = macro(votes(logits), labels)
+    for name in ("precision", "recall", "f1"):
+        expected = getattr(metrics, f"{name}_score")(labels, logits.argmax(1), average="macro")
+        assert found[f"macro_{name}"] == pytest.approx(expected), name
+    assert confusion(logits, labels).tolist() == metrics.confusion_matrix(labels, logits.argmax(1)).tolist()
+    assert macro(votes(np.eye(5)[labels]), labels) == dict.fromkeys(found, 1.0)
+    assert macro(votes(np.zeros((200, 5))), labels)["macro_recall"] == pytest.approx(0.2), "constants: chance"
+    assert macro(votes(np.full((200, 5), np.nan)), labels) == dict.fromkeys(found, 0.0)
+
+
+def test_average_precision_and_roc_by_hand():
+    """Scores 4 3 2 1, truth 1 0 1 0: AP ½ × 1 + ½ × 2/3; three of the four pairs are in order."""
+    scores, truth = np.array([[4.0], [3], [2], [1]]), np.array([[1], [0], [1], [0]])
+    assert average_precision(scores, truth)[0] == pytest.approx(5 / 6)
+    assert roc_area(scores, truth)[0] == 0.75
+    tied = np.array([[2.0], [2], [2], [1]])
+    assert average_precision(tied, truth)[0] == pytest.approx(2 / 3), "one threshold takes three, two of them right"
+    assert roc_area(tied, truth)[0] == 0.75
+    for constant in (0.0, np.nan):
+        assert average_precision(np.full((4, 1), constant), truth)[0] == 0.5
+        assert roc_area(np.full((4, 1), constant), truth)[0] == 0.5
+    nan = np.array([[np.nan], [3], [2], [1]])
+    assert average_precision(nan, truth)[0] == pytest.approx(0.5 * 0.5 + 0.5 * 0.5), "not-a-number is last"
+    unknown = np.array([[1], [-1], [1], [0]])
+    assert average_precision(scores, unknown)[0] == roc_area(scores, unknown)[0] == 1.0
+    assert np.isnan(average_precision(scores, np.zeros((4, 1)))[0]) and np.isnan(roc_area(scores, np.ones((4, 1)))[0])
+
+
+def test_tags_are_scored_as_scikit_learn_does():
+    rng = np.random.default_rng(2)
+    truth, scores = rng.integers(0, 2, (300, 4)), np.round(rng.normal(size=(300, 4)), 1)  # rounded: many ties
+    expected = [metrics.average_precision_score(truth[:, y], scores[:, y]) for y in range(4)]
+    assert average_precision(scores, truth) == pytest.approx(expected)
+    assert roc_area(scores, truth) == pytest.approx(
+        [metrics.roc_auc_score(truth[:, y], scores[:, y]) for y in range(4)]
+    )
+    drawn = curves(scores[:, 0], truth[:, 0])
+    assert metrics.auc(drawn["fpr"], drawn["tpr"]) == pytest.approx(roc_area(scores, truth)[0])
+    assert drawn["recall"][0] == 1.0 and drawn["precision"][0] == pytest.approx(truth[:, 0].mean())
+    assert curves(scores[:, 0], np.zeros(300))["fpr"] == []
+
+
+def test_tagging_truth_noise_and_absent_classes():
+    rows = predictions(300)
+    values = Tagging(data="test", subsets=("V",))(lambda manifest, subset: rows)
+    assert values == {"V/kind/mAP": 1.0, "V/kind/ROC_area": 1.0}
+    rows["labels/kind"] = np.random.default_rng(3).normal(size=(300, 3))
+    values = Tagging(data="test", subsets=("V",))(lambda manifest, subset: rows)
+    assert values["V/kind/mAP"] == pytest.approx(1 / 3, abs=0.1)
+    assert values["V/kind/ROC_area"] == pytest.approx(0.5, abs=0.1)
+    rows["labels/kind"] = rows["fused/video"][:, :2]
+    rows["label/kind"] = np.stack([rows["label/kind"] != 2, rows["label/kind"] == 1], 1).astype(
+        np.int32
+    )  # two tags a clip
+    values = Tagging(data="test", subsets=("V",))(lambda manifest, subset: rows)
+    assert values["V/kind/mAP"] < 1.0 and values["V/kind/ROC_area"] < 1.0
+    rows["labels/kind"] = rows["label/kind"].astype(float)
+    assert Tagging(data="test", subsets=("V",))(lambda manifest, subset: rows)["V/kind/mAP"] == 1.0
+
+
+@pytest.mark.parametrize("kind", [Tagging, Classification])
+def test_what_does_not_fit_is_named(kind):
+    extra = {"metrics": ("accuracy", "macro_f1")} if kind is Classification else {}
+
+    def run(**changes):
+        rows = predictions(40)
+        rows |= changes.pop("rows", {})
+        return kind(data="d.jsonl", subsets=("V",), **(extra | changes))(lambda manifest, subset: rows)
+
+    some = {"label/kind": np.zeros(40, np.int32)}
+    with pytest.raises(UserError, match=r"dataset d.jsonl, labels.kind: no clip of class 1 \(2 of 3"):
+        run(rows=some)
+    run(rows=some, absent=True)
+    with pytest.raises(UserError, match="dataset d.jsonl, labels.kind: has class 7, but the head knows 3"):
+        run(rows={"label/kind": np.full(40, 7, np.int32)})
+    with pytest.raises(UserError, match="no objective 'label' predicts anything; did you mean 'labels'"):
+        run(objective="label")
+    with pytest.raises(UserError, match="d.jsonl was read without label 'other'.*known: kind"):
+        run(rows={"labels/other": np.zeros((40, 2))})
+    if kind is Classification:
+        with pytest.raises(UserError, match="no metric 'macro_f2'; did you mean 'macro_f1'"):
+            run(metrics=("macro_f2",))
+
+
+def test_measured_numbers_have_intervals():
+    rows = predictions(60)
+    rows["labels/kind"] = rows["labels/kind"] + 1.2 * np.random.default_rng(4).normal(size=(60, 3))
+    evaluator = Classification(data="test", subsets=("V",), metrics=("accuracy", "top5", "macro_f1"))
+    measured = evaluator.measure(lambda manifest, subset: rows, None)
+    values, ends = measured.numbers(), measured.intervals()
+    assert list(values) == ["V/kind", "V/kind/top5", "V/kind/macro_f1"] == list(ends)
+    assert values == evaluator(lambda manifest, subset: rows)
+    for key, (low, high) in ends.items():
+        assert low <= values[key] <= high, key
+    low, high = ends["V/kind"]
+    p = values["V/kind"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 60), rel=0.15)
+    assert ends["V/kind/top5"] == pytest.approx((0.025 ** (1 / 60), 1.0)), "all right, but of 60 clips only"
+
+
+def test_retrieval_has_a_score_for_each_query():
+    rng = np.random.default_rng(5)
+    rows = {f"contrast/{name}": rng.normal(size=(30, 4)) for name in ("video", "text")}
+    rows |= {f"present/{name}": np.ones(30, bool) for name in ("video", "text")} | {"row": np.arange(30)}
+    measured = Retrieval(data="test").measure(lambda manifest, subset: rows, None)
+    scored = measured.scored[0]
+    assert scored.name == "V→T" and scored.row.tolist() == list(range(30))
+    order = np.argsort(-rows["contrast/video"] @ rows["contrast/text"].T, axis=1)
+    assert scored.told["rank"].tolist() == [1 + int(np.flatnonzero(order[i] == i)[0]) for i in range(30)]
+    ends = measured.intervals()
+    assert set(ends) == {f"{d}/{m}" for d in ("V→T", "T→V") for m in ("R@1", "R@5", "R@10", "median_rank")}
+    low, high = ends["V→T/median_rank"]
+    assert low <= measured.numbers()["V→T/median_rank"] <= high and low < high
+    with pytest.raises(UserError, match="objective 'contrats' embeds nothing; did you mean 'contrast'"):
+        Retrieval(data="test", objective="contrats")(lambda manifest, subset: rows)
+
+
+def test_probabilities_of_a_probe_of_two_classes():
+    """They are those of the regression itself."""
+    rows = predictions(80)
+    rows["label/kind"] = (rows["label/kind"] > 0).astype(np.int32)
+    rows["fused/video"] = rows["fused/video"] + np.random.default_rng(6).normal(size=(80, 3))
+    probe = Probe(train="a", data="a", subsets=("V",))
+    prepared = probe.prepare(lambda manifest, subset: rows)
+    said = probe.measure(lambda manifest, subset: rows, prepared).scored[0].classes
+    scaler, model = prepared["V", "kind"]
+    expected = model.predict_proba(scaler.transform(rows["fused/video"]))
+    np.testing.assert_allclose(softmax(said.logits), expected, rtol=1e-6)

@@ -12,15 +12,16 @@ A published model loads and embeds in three lines:
 __version__ = "0.1.0"
 
 
-def load(source: str):
+def load(source: str, base=None):
     """Returns the model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]").
 
     A folder of `vmm publish` or `vmm convert`, a run, or one in the published layout of a known family (config.json
     + safetensors: VideoMAE, CLIP, BERT, …; see README).
+    Adapters (`vmm publish --adapters`) are put on their base: `base`, given as `init_from`, else where it was in training.
 
     Raises:
-      vmm.errors.UserError: there is none, or it is not whole. Nothing is ever unpickled.
+      vmm.errors.UserError: there is none, it is not whole, or its adapters are of another base. Nothing is ever unpickled.
     """
     from vmm.publish import load_published  # imports JAX: only when it is needed
 
-    return load_published(source)
+    return load_published(source, base)

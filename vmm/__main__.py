@@ -15,6 +15,7 @@ from pathlib import Path
 from vmm.bench.commands import add as add_bench_commands
 from vmm.data.commands import add as add_data_commands
 from vmm.planning.commands import add as add_plan_command
+from vmm.search.commands import add as add_sweep_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,15 +44,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
     evaluate.add_argument("run", help="workdir of a run")
     evaluate.add_argument("--again", action="store_true", help="also if it was evaluated already")
+    evaluate.add_argument(
+        "--suite",
+        choices=("standard", "robustness", "calibration", "classes", "all"),
+        default="standard",
+        help="standard: the config's evals; robustness: under noise; calibration; classes: each class (default %(default)s)",
+    )
+    evaluate.add_argument(
+        "--predictions",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also write every clip's predictions (default RUN/predictions.jsonl)",
+    )
+
+    compare = commands.add_parser("compare", help="two models on the clips that both have, by paired tests")
+    compare.add_argument("ours", metavar="A", help="run with predictions, or a file of `vmm eval --predictions`")
+    compare.add_argument("theirs", metavar="B", help="the same of another model; differences are B - A")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
 
     ablate = commands.add_parser("ablate", help="train and compare the variants of a study")
     ablate.add_argument("study", type=Path, help="folder with a study.py, as experiments/0001-fusion")
     ablate.add_argument("--quick", action="store_true", help="the study's small version")
     ablate.add_argument("--out", type=Path, help="where runs and results go (default runs/<study>[-quick])")
 
+    add_sweep_command(commands)
+
     publish = commands.add_parser("publish", help="write a run's model in the layout of the Hugging Face Hub")
     publish.add_argument("run", help="workdir of a run")
     publish.add_argument("folder", type=Path, help="where to write")
+    publish.add_argument("--adapters", action="store_true", help="only what the base (init_from) has not")
     publish.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
 
     converting = commands.add_parser("convert", help="published weights → ours, or ours → a published family's layout")
@@ -77,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args) -> int | None:
-    if args.command in ("data", "bench", "plan"):
+    if args.command in ("data", "bench", "plan", "sweep"):
         args.run(args)
     elif args.command == "train":
         from vmm.build import load_config
@@ -99,7 +121,12 @@ def _run(args) -> int | None:
     elif args.command == "eval":
         from vmm.evaluate import evaluate
 
-        evaluate(args.run, args.again)
+        suites = ("robustness", "calibration", "classes") if args.suite == "all" else (args.suite,)
+        evaluate(args.run, args.again, suites, args.predictions)
+    elif args.command == "compare":
+        from vmm.compare import compare
+
+        compare(args.ours, args.theirs, args.json)
     elif args.command == "ablate":
         from vmm.ablate import ablate
 
@@ -107,7 +134,7 @@ def _run(args) -> int | None:
     elif args.command == "publish":
         from vmm.publish import publish
 
-        folder = publish(args.run, args.folder, args.push)
+        folder = publish(args.run, args.folder, args.push, args.adapters)
         print(f'{folder}: published; load it with vmm.load("{folder}")')
     elif args.command == "convert":
         from vmm.convert import convert
@@ -129,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stray = [
             item
             for item in rest
-            if item.startswith("-") or args.command not in ("train", "plan", "verify-resume", "supervise")
+            if item.startswith("-") or args.command not in ("train", "plan", "verify-resume", "supervise", "sweep")
         ]
         if stray:
             _parser().error(f"unrecognized arguments: {' '.join(stray)}")

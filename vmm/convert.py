@@ -21,10 +21,9 @@ from vmm.experiment import Experiment
 from vmm.fusion import FUSIONS
 from vmm.layers import Block
 from vmm.objectives import OBJECTIVES
-from vmm.publish import experiment_of
-from vmm.source import FORMAT, Source, open_source
+from vmm.source import FORMAT, Source, experiment_of, fit_base, open_source
 from vmm.training.step import State
-from vmm.weights import Report, fit, parameter_tree, save_params
+from vmm.weights import Report, parameter_tree, save_params
 from vmm.weights.families import FAMILIES
 from vmm.weights.fit import unstack
 from vmm.weights.published import write_published
@@ -158,21 +157,9 @@ def warm_start(state: State, experiment: Experiment, init_from: str | Mapping[st
 
         params = multihost_utils.process_allgather(params, tiled=True)
     flat = flatten_dict(jax.device_get(params), sep=".")
-    values = {name: np.asarray(value) for name, value in flat.items()}
-    sources = {None: init_from} if isinstance(init_from, str) else dict(init_from)
-    for modality, path in sources.items():
-        opened = open_source(path)
-        if modality is not None and modality not in opened.model["trunk"]["encoders"]:
-            known = sorted(opened.model["trunk"]["encoders"])
-            raise UserError(f"init_from.{modality}: {path} has no encoder of {modality}; {one_of(modality, known)}")
-        tensors = opened.tensors
-        if modality is not None:
-            tensors = {name: x for name, x in tensors.items() if name.startswith(f"model.encoder_{modality}.")}
-        values, report = fit(tensors, values, _tubelets(opened.model, experiment))
-        if not report.loaded:
-            raise UserError(f"init_from: nothing of {path} fits the config; the first left is {report.left[:1]}")
-        if jax.process_index() == 0:
-            show(report._replace(missing=[] if modality is not None else report.missing), f"init_from {path}")
+    values, reports = fit_base(init_from, {name: np.asarray(value) for name, value in flat.items()}, experiment)
+    for path, report in reports.items() if jax.process_index() == 0 else ():
+        show(report, f"init_from {path}")
     tree = unflatten_dict(values, sep=".")
 
     def place(old, new):
@@ -181,17 +168,6 @@ def warm_start(state: State, experiment: Experiment, init_from: str | Mapping[st
     params = jax.tree.map(place, state.params, tree)
     ema = jax.tree.map(place, state.ema, tree) if jax.tree.leaves(state.ema) else state.ema
     return state._replace(params=params, ema=ema)
-
-
-def _tubelets(model: Mapping, experiment: Experiment) -> dict:
-    """Returns encoder → (the source's tubelet, ours), for video encoders in both."""
-    default = {f.name: f.default for f in dataclasses.fields(ENCODERS["video"])}["tubelet"]
-    old, new = model["trunk"]["encoders"], experiment.config.trunk["encoders"]
-    return {
-        name: (tuple(old[name].get("tubelet", default)), tuple(new[name].get("tubelet", default)))
-        for name in set(old) & set(new)
-        if old[name]["kind"] == new[name]["kind"] == "video"
-    }
 
 
 def show(report: Report, title: str) -> None:

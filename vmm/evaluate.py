@@ -1,9 +1,11 @@
-"""vmm eval: a run's weights → every evaluator of its config → a table and evals.jsonl."""
+"""vmm eval: a run's weights → every evaluator of its config → tables and evals.jsonl."""
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from vmm.build import digest, write_text
+from vmm.corrupt import SEVERITIES, Captions, corrupt
 from vmm.data.loader import evaluation_batches
-from vmm.data.manifest import manifest_digest
+from vmm.data.manifest import manifest_digest, read_manifest
+from vmm.data.text import encode, load_tokenizer
 from vmm.errors import UserError
+from vmm.evals.predictions import lines, write_predictions
+from vmm.evals.scored import Measured, Measuring
+from vmm.evals.tables import grid, show, show_interval
 from vmm.experiment import Experiment, numbers
-from vmm.run import commit, open_run, weights
+from vmm.paths import to_path
+from vmm.run import Run, commit, open_run, weights
 from vmm.sharding import batch_sharding, host_place, to_device
+from vmm.suites import SUITES, print_suite
 from vmm.training.metrics import read_rows
 from vmm.types import SUBSETS
 
@@ -34,48 +43,85 @@ class Predict:
     def __init__(self, experiment: Experiment, params, mesh):
         self.experiment, self.params, self.mesh = experiment, params, mesh
         self.memory: dict = {}
+        self.captions: dict = {}
         self.forward = jax.jit(
             lambda params, batch: experiment.recipe.apply({"params": params}, batch, method="predict"),
             in_shardings=(None, batch_sharding(mesh)),
         )
 
+    def knows(self, subset: str) -> bool:
+        """Whether the model has the streams of a subset; "VAT" is all that it has."""
+        return subset == "VAT" or set(SUBSETS[subset]) <= set(self.experiment.config.trunk["encoders"])
+
     def __call__(self, manifest: str, subset: str) -> dict | None:
-        if not set(SUBSETS[subset]) <= set(self.experiment.config.trunk["encoders"]) and subset != "VAT":
+        if not self.knows(subset):
             return None
         if (manifest, subset) not in self.memory:
-            self._run(manifest)
+            # One pass over the data for all subsets: decoding costs more than predicting.
+            for (mine, _), values in self._run(manifest, [s for s in SUBSETS if self.knows(s)]).items():
+                self.memory[manifest, mine] = values
         return self.memory[manifest, subset]
 
-    def _run(self, manifest: str) -> None:
-        """One pass over the data for all subsets: decoding costs more than predicting."""
+    def corrupted(self, manifest: str, subsets: Collection[str], name: str) -> dict[int, dict[str, dict]]:
+        """Returns severity → subset → predictions of clips under a corruption (vmm/corrupt.py), in one pass; not kept.
+
+        Which streams a clip has is told as for the clean clips, so that every score is of the same clips.
+        """
+        found = self._run(
+            manifest, [s for s in subsets if self.knows(s)], [(name, severity) for severity in SEVERITIES]
+        )
+        result: dict = {severity: {} for severity in SEVERITIES}
+        for (subset, (_, severity)), values in found.items():
+            result[severity][subset] = values
+        return result
+
+    def _captions(self, manifest: str) -> Captions:
+        if manifest not in self.captions:
+            data, length = self.experiment.data, self.experiment.clip.text_length
+            texts = [row.captions[0] if row.captions else "" for row in read_manifest(manifest, bool(data.remote))]
+            tokenizer = load_tokenizer(data.tokenizer)
+            self.captions[manifest] = Captions(texts, np.stack([encode(tokenizer, text, length) for text in texts]))
+        return self.captions[manifest]
+
+    def _run(self, manifest: str, subsets: list[str], noises: Sequence[tuple[str, int] | None] = (None,)) -> dict:
+        """Returns (subset, noise) → predictions, in one pass over the data. noise: (corruption, severity), or None."""
         experiment, (host, hosts) = self.experiment, host_place(self.mesh)
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = math.ceil(min(experiment.config.batch, 256) / split) * split
-        wanted = [s for s in SUBSETS if s == "VAT" or set(SUBSETS[s]) <= set(experiment.config.trunk["encoders"])]
-        parts: dict = {subset: [] for subset in wanted}
+        parts: dict = {(subset, noise): [] for noise in noises for subset in subsets}
+        wrong = any(noise is not None and noise[0] == "wrong_caption" for noise in noises)
+        captions = self._captions(manifest) if wrong else None
         batches = evaluation_batches(
             manifest, experiment.data, experiment.clip, batch=size, host=host, hosts=hosts,
             views=experiment.evaluation, modalities=experiment.modalities,
         )  # fmt: skip
         for batch, rows in batches:
-            for subset in wanted:
-                shown = {
-                    name: there if name in SUBSETS[subset] else np.zeros_like(there)
-                    for name, there in batch.present.items()
-                }
-                with jax.set_mesh(self.mesh):
-                    values = self.forward(self.params, to_device(batch._replace(present=shown), self.mesh))
-                values = {**_whole(values)}
-                told = {f"present/{name}": there for name, there in batch.present.items()}
-                told |= {f"label/{name}": label for name, label in batch.labels.items()}
-                told |= {"row": rows, "valid": batch.valid}
-                # Laid out as the predictions are, so that both come back in one order on any number of hosts.
-                values |= _whole(to_device(told, self.mesh))
-                keep = values.pop("valid")
-                parts[subset].append({key: value[keep] for key, value in values.items()})
-        for subset, pieces in parts.items():
-            whole = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-            self.memory[manifest, subset] = mean_of_views(whole)
+            told = {f"present/{name}": there for name, there in batch.present.items()}
+            told |= {f"label/{name}": label for name, label in batch.labels.items()}
+            told |= {"row": rows, "valid": batch.valid}
+            # Laid out as the predictions are, so that both come back in one order on any number of hosts.
+            told = _whole(to_device(told, self.mesh))
+            keep = told.pop("valid")
+            for noise in noises:
+                seen = batch
+                if noise is not None:
+                    seen = corrupt(batch, rows, *noise, experiment.clip.sample_rate, captions)
+                for subset in subsets:
+                    shown = {
+                        name: there if name in SUBSETS[subset] else np.zeros_like(there)
+                        for name, there in seen.present.items()
+                    }
+                    with jax.set_mesh(self.mesh):
+                        values = self.forward(self.params, to_device(seen._replace(present=shown), self.mesh))
+                    values = {**_whole(values), **told}
+                    parts[subset, noise].append({key: value[keep] for key, value in values.items()})
+        result = {}
+        for key, pieces in parts.items():
+            whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            if not len(whole["row"]):
+                raise UserError(f"dataset {manifest}: none of its clips can be decoded; see `vmm data check`")
+            result[key] = mean_of_views(whole)
+        return result
 
 
 def mean_of_views(values: Mapping) -> dict:
@@ -110,23 +156,57 @@ def run_evals(experiment: Experiment, params, mesh) -> dict[str, float]:
     Raises:
       UserError: the config names no evaluator, or a manifest is missing.
     """
+    return measure(experiment, Predict(experiment, jax.tree.map(jnp.asarray, params), mesh)).values
+
+
+class Found(NamedTuple):
+    """values: evaluator/name → number. measured, prepared: evaluator → what it found, and what it fitted before."""
+
+    values: dict[str, float]
+    measured: dict[str, Measured]
+    prepared: dict[str, Any]
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Returns evaluator/name → [low, high] of 95 %, for numbers of clips."""
+        return {
+            f"{name}/{key}": list(ends)
+            for name, measured in self.measured.items()
+            for key, ends in measured.intervals().items()
+        }
+
+
+def measure(experiment: Experiment, predict: Predict) -> Found:
+    """Runs every evaluator of the config; raises UserError as run_evals."""
     if not experiment.evals:
         raise UserError("evals: the config names no evaluator; add one, as configs/common.py does")
-    predict = Predict(experiment, jax.tree.map(jnp.asarray, params), mesh)
-    return {
-        f"{name}/{key}": value
-        for name, evaluator in experiment.evals.items()
-        for key, value in evaluator(predict).items()
-    }
+    found = Found({}, {}, {})
+    for name, evaluator in experiment.evals.items():
+        if isinstance(evaluator, Measuring):
+            found.prepared[name] = evaluator.prepare(predict)
+            found.measured[name] = evaluator.measure(predict, found.prepared[name])
+            values = found.measured[name].numbers()
+        else:
+            values = evaluator(predict)
+        found.values.update({f"{name}/{key}": value for key, value in values.items()})
+    return found
 
 
-def evaluate(workdir: str | Path, again: bool = False) -> dict:
-    """Evaluates the newest checkpoint of a run, appends the record to evals.jsonl and prints tables.
+def evaluate(
+    workdir: str | Path,
+    again: bool = False,
+    suites: Sequence[str] = ("standard",),
+    predictions: str | Path | None = None,
+) -> dict:
+    """Evaluates the newest checkpoint of a run, writes the record into evals.jsonl and prints tables.
 
     A checkpoint that was evaluated already on the same data is not evaluated again, unless `again`.
 
+    Args:
+      suites: of suites.SUITES; "standard" are the config's evaluators, on which the others build.
+      predictions: file for every clip's predictions; "": predictions.jsonl in the workdir; None: none.
+
     Returns:
-      The record: step, config, data (manifest → SHA-256), commit, values.
+      The record: step, config, data (manifest → SHA-256), commit, values, intervals (name → low, high), suites.
     """
     run = open_run(workdir)
     manifests = sorted(
@@ -146,49 +226,68 @@ def evaluate(workdir: str | Path, again: bool = False) -> dict:
         "evals": digest({"evals": run.config.get("evals", {}), "views": run.config["data"].get("evaluation", {})}),
         "data": {manifest: manifest_digest(manifest) for manifest in manifests},
     }
-    path = run.workdir / "evals.jsonl"
-    known = [row for row in read_rows(path) if all(row.get(key) == value for key, value in identity.items())]
-    if known and not again:
-        record = known[-1]
-    else:
-        values = run_evals(run.experiment, weights(run.state), run.mesh)
-        record = identity | {"commit": commit(), "values": values}
+    path, rows = run.workdir / "evals.jsonl", read_rows(run.workdir / "evals.jsonl")
+    # Records of before there were intervals are not known.
+    known = [row for row in rows if "intervals" in row and all(row.get(k) == value for k, value in identity.items())]
+    wanted = [suite for suite in suites if suite != "standard"]
+    record = known[-1] if known and not again else None
+    missing = [suite for suite in wanted if record is None or suite not in record["suites"]]
+    if record is None or missing or predictions is not None:
+        predict = Predict(run.experiment, weights(run.state), run.mesh)
+        found = measure(run.experiment, predict)
+        if record is None:
+            record = identity | {
+                "commit": commit(), "values": found.values, "intervals": found.intervals(), "suites": {},
+            }  # fmt: skip
+        else:
+            rows.remove(record)
+        for suite in missing:
+            record["suites"][suite] = SUITES[suite](run.experiment, predict, found)
+        if predictions is not None:
+            _write_predictions(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
         # Written whole: nothing can be appended to a file in a bucket.
-        write_text(path, "".join(json.dumps(row) + "\n" for row in [*read_rows(path), record]))
-    print_tables(run.experiment, record["values"])
+        write_text(path, "".join(json.dumps(row) + "\n" for row in [*rows, record]))
+    print_tables(run.experiment, record["values"], record["intervals"])
+    for suite in wanted:
+        print_suite(suite, record["suites"][suite], record)
     return record
 
 
-def print_tables(experiment: Experiment, values: Mapping[str, float]) -> None:
-    """Prints each evaluator's numbers as rows × columns."""
-    console = Console()
+def _write_predictions(run: Run, found: Found, identity: Mapping, path: Path) -> None:
+    ids, told = {}, []
+    for name, measured in found.measured.items():
+        for scored in measured.scored:
+            if scored.data not in ids:
+                ids[scored.data] = [
+                    row.id for row in read_manifest(scored.data, bool(run.experiment.data.remote))
+                ]  # fmt: skip
+            told += lines(name, scored, ids[scored.data])
+    write_predictions(path, {"run": run.workdir.name, **identity}, told)
+    print(f"{path}: {len(told)} predictions written")
+
+
+def print_tables(
+    experiment: Experiment, values: Mapping[str, float], intervals: Mapping[str, Sequence[float]] | None = None
+) -> None:
+    """Prints each evaluator's numbers as rows × columns, each with its interval below it."""
+    console, ends = Console(), intervals or {}
     for name in experiment.evals:
         mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
         rows, columns, cells, notes = grid(mine)
-        texts = {(row, column): show(column, cells.get((row, column))) for row in rows for column in columns}
+        texts = {}
+        for row, column in itertools.product(rows, columns):
+            around = ends.get(f"{name}/{row}/{column}")
+            texts[row, column] = show(column, cells.get((row, column)))
+            if around is not None:
+                texts[row, column] += f"\n[dim]{show_interval(column, around)}[/dim]"
         if len(columns) > len(rows):  # the longer side runs down: a terminal is narrow
             rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
-        table = Table(title=name, caption="  ".join(f"{key} {value:g}" for key, value in notes.items()) or None)
+        notes = [f"{key} {value:g}" for key, value in notes.items()]
+        notes += ["below: 95 % interval, bootstrap over clips"] if ends else []
+        table = Table(title=name, caption="  ".join(notes) or None)
         table.add_column("")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(row, *(texts[row, column] for column in columns))
         console.print(table)
-
-
-def grid(values: Mapping[str, float]) -> tuple[list, list, dict, dict]:
-    """Parts "row/column" names: returns (rows, columns, {(row, column): value}, the rest)."""
-    cells = {
-        tuple(key.split("/", 1)): value for key, value in values.items() if "/" in key and not key.startswith("chance")
-    }
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    columns = list(dict.fromkeys(column for _, column in cells))
-    return rows, columns, cells, {key: value for key, value in values.items() if tuple(key.split("/", 1)) not in cells}
-
-
-def show(column: str, value: float | None) -> str:
-    """Returns a cell: shares as per cent, ranks as numbers."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.1f}" if "rank" in column else f"{100 * value:.1f} %"

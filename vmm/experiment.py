@@ -5,11 +5,13 @@ import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vmm import adapters
 from vmm.augment import MixUp, SpecAugment, augment
 from vmm.build import build, make
 from vmm.data import text
@@ -17,12 +19,12 @@ from vmm.data.media import check_size
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
 from vmm.encoders import ENCODERS
 from vmm.encoders.text import TextEncoder
-from vmm.errors import UserError
+from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
 from vmm.training.guard import Guard, check_guard
-from vmm.training.optim import Optim
+from vmm.training.optim import Optim, trainable
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
@@ -50,7 +52,9 @@ class Config:
     check_replicas: steps between comparisons of the copies that devices hold of one array, 0: none. step_timeout:
     seconds after which a step that does not end ends the run (exit code 6), 0: never; ten times that for the first step
     and for evaluations. init_from: weights that a new run starts from, a folder, run or Hub repository that
-    vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each.
+    vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each. adapt:
+    ordered (regex, adapter) over parameter paths, see adapters. With any, only adapters and the objectives' heads are
+    trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is.
     """
 
     steps: int
@@ -74,6 +78,7 @@ class Config:
     guard: Mapping = dataclasses.field(default_factory=dict)
     check_replicas: int = 0
     init_from: str | Mapping = dataclasses.field(default_factory=dict)
+    adapt: tuple = ()
 
 
 class Experiment:
@@ -104,8 +109,15 @@ class Experiment:
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
         spectrogram = make(SpecAugment, self.augment.spectrogram, "data.augment.spectrogram")
         self.recipe = Recipe(
-            c.trunk, c.views, c.objectives, c.dtype, spectrogram if self.augment.spectrogram else None, c.balance
+            c.trunk,
+            c.views,
+            c.objectives,
+            c.dtype,
+            spectrogram if self.augment.spectrogram else None,
+            c.balance,
+            c.adapt,
         )
+        adapters.check(c.adapt)
         for name, view in c.views.items():
             if not isinstance(view, Mapping):
                 raise UserError(f"views.{name}: expected a group of keys, got {view!r}")
@@ -118,8 +130,11 @@ class Experiment:
         if unknown:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
         self._check_tokenizer()
+        self._check_labels()
         self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
+        if c.adapt and "rate_rules" not in c.optim:
+            self.optim = dataclasses.replace(self.optim, rate_rules=adapters.freezing(self.shapes))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -145,6 +160,20 @@ class Experiment:
             )
         if encoder.end >= 0 and encoder.end not in text.encode(tokenizer, "", 8):
             raise UserError(f"trunk.encoders.text.end: {encoder.end}, but {path} ends no text with that id")
+
+    def _check_labels(self) -> None:
+        """Raises UserError where a head is for other classes than the data's."""
+        for name, spec in self.config.objectives.items():
+            for label, classes in spec["labels"].items() if spec.get("kind") == "classify" else ():
+                if label not in self.data.labels:
+                    raise UserError(
+                        f"objectives.{name}.labels: no label {label!r} in data.labels; {one_of(label, self.data.labels)}"
+                    )
+                if classes != self.data.labels[label]:
+                    raise UserError(
+                        f"objectives.{name}.labels.{label}: a head of {classes} classes, but data.labels.{label} has "
+                        f"{self.data.labels[label]}; give both the same"
+                    )
 
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}
@@ -201,7 +230,11 @@ class Experiment:
         # Two rows are enough: parameters do not depend on the batch.
         batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.batch_shapes(2))
         keys = jax.random.split(key, 2)
-        return self.recipe.init(key, batch, keys)["params"]
+        return adapters.add(self.recipe.init(key, batch, keys)["params"], self.config.adapt, key)
+
+    def merged(self, params):
+        """Returns parameters as a model without adapters has them, see adapters.merge."""
+        return adapters.merge(params, self.config.adapt)
 
     def loss(self, teachers: Mapping | None = None) -> Callable:
         """Returns (params, teacher, batch, key) → (loss, metrics), see loss_function."""
@@ -219,9 +252,15 @@ class Experiment:
         return make_program(
             self.initialise, self.loss(teachers), self.optim,
             steps=c.steps, seed=c.seed, mesh=mesh, health=c.health, frozen=bool(teachers), memory=blank_memory(self.recipe),
-            guard=self.guard, poison=poison,
+            guard=self.guard, poison=poison, adapt=c.adapt,
         )  # fmt: skip
 
     def parameters(self) -> int:
         """Returns the number of parameters."""
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.shapes))
+
+    def trained(self) -> int:
+        """Returns the number of parameters that are not frozen."""
+        shapes = nn.unbox(self.shapes)
+        free = jax.tree.leaves(trainable(self.optim, shapes))
+        return sum(int(np.prod(leaf.shape)) for leaf, mine in zip(jax.tree.leaves(shapes), free) if mine)

@@ -22,12 +22,15 @@ def normalise(x: Float[Array, "*B E"], epsilon: float = 1e-6) -> Float[Array, "*
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), epsilon**2))
 
 
-def cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns −log softmax(logits)[label]; labels outside [0, V) count as class 0: weigh them out."""
+def cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"], smoothing: float = 0.0) -> Float[Array, "*B"]:
+    """Returns −log softmax(logits)[label]; labels outside [0, V) count as class 0: weigh them out.
+
+    smoothing: share ε of the target that is even over all V classes (Szegedy et al. 2016, sec. 7).
+    """
     labels = jnp.where((labels >= 0) & (labels < logits.shape[-1]), labels, 0)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), labels[..., None], axis=-1)[
-        ..., 0
-    ]
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    error = -jnp.take_along_axis(logs, labels[..., None], axis=-1)[..., 0]
+    return (1 - smoothing) * error - smoothing * logs.mean(-1) if smoothing else error
 
 
 def divergence(one: Float[Array, "*B V"], other: Float[Array, "*B V"]) -> Float[Array, "*B"]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vmm import masking, pairing
+from vmm import adapters, masking, pairing
 from vmm.augment import SpecAugment, spec_augment
 from vmm.build import build
 from vmm.encoders import ENCODERS
@@ -89,6 +89,7 @@ class Recipe(nn.Module):
     norm of each loss's gradient, at the tokens of its view, to the w-weighted mean of these norms (the aim of GradNorm,
     Chen et al. 2018, at every step anew); c is at most 100, and no gradient flows through it. It costs the backward
     pass of the heads once more, and with `accumulate` a forward pass too.
+    adapt: see adapters; `apply` takes parameters with adapters and merges them first.
     """
 
     trunk: Mapping
@@ -97,6 +98,13 @@ class Recipe(nn.Module):
     dtype: str = "float32"
     spectrogram: SpecAugment | None = None
     balance: str = "fixed"
+    adapt: tuple = ()
+
+    @nn.nowrap
+    def apply(self, variables: Mapping, *args, **options):
+        """As Linen's; what adapters make of the parameters is what the modules see."""
+        variables = {**variables, "params": adapters.merge(variables["params"], self.adapt)}
+        return super().apply(variables, *args, **options)
 
     def setup(self):
         self.model = build({"trunk": Trunk}, {"kind": "trunk", **self.trunk}, "trunk", dtype=self.dtype)
@@ -415,6 +423,9 @@ def loss_function(
     def loss(params, teacher, batch, key, frozen=None, measure=None, memory=None):
         keys = sample_keys(key, batch.index)
         batch = augment(batch, keys) if augment else batch
+        extra = adapters.penalty(params, recipe.adapt)
+        # Once, not once for each part of the batch.
+        params, teacher = (adapters.merge(tree, recipe.adapt) for tree in (params, teacher))
         models = (params, teacher, frozen or {})
         if accumulate == 1:
             seen, heads, pooled, gates = features(models, measure is not None, batch, keys)
@@ -427,6 +438,7 @@ def loss_function(
         )
         sizes = norms(*still) if recipe.balance == "gradient" else None
         value, metrics = recipe.apply({"params": params}, heads, sizes, memory or {}, method="loss")
+        value += extra
         if measure is not None:
             weights = {name: metrics.get(f"{name}/balance", objectives[name].weight) for name in objectives}
 

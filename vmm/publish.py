@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -20,7 +21,7 @@ from vmm.evaluate import grid, show
 from vmm.experiment import Experiment, numbers
 from vmm.model import Recipe
 from vmm.run import Run, commit, open_run, weights
-from vmm.source import FORMAT, Source, open_source
+from vmm.source import FORMAT, base_tensors, experiment_of, fingerprint, open_source
 from vmm.training.metrics import read_rows
 from vmm.weights import parameter_tree, save_params
 
@@ -28,30 +29,40 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
 _CHUNK = 64  # clips embedded at a time
 
 
-def publish(workdir: str | Path, folder: str | Path, push: str | None = None) -> Path:
+def publish(workdir: str | Path, folder: str | Path, push: str | None = None, adapters: bool = False) -> Path:
     """Writes model.safetensors, config.json, tokenizer.json and README.md (the model card).
+
+    What a run's adapters make of its base is written, as a model that has no adapters.
 
     Args:
       workdir: of a run. folder: where to write; made whole or not at all.
       push: repository id on the Hub to upload to ("owner/name"), None: do not.
+      adapters: write adapters.safetensors instead of the model: the parameters that are not, to the bit, those of
+        `init_from`: adapters, heads, and what else was trained. vmm.load puts them on that base again.
 
     Raises:
-      UserError: no run, or the upload was refused. StorageError: the folder cannot be written.
+      UserError: no run, adapters without a base, or the upload was refused. StorageError: the folder cannot be written.
     """
     run = open_run(workdir)
     folder = Path(folder)
+    params, config, files = weights(run.state), _published_config(run), FILES
+    if adapters:
+        own, about = _adapters(run)
+        params, config, files = unflatten_dict(own, sep="."), config | about, ("adapters.safetensors", *FILES[1:])
+    else:
+        params = run.experiment.merged(jax.device_get(params))
     building = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        save_params(weights(run.state), building / "model.safetensors", {"step": str(run.step)})
-        write_text(building / "config.json", json.dumps(_published_config(run), indent=2) + "\n")
+        save_params(params, building / files[0], {"step": str(run.step)})
+        write_text(building / "config.json", json.dumps(config, indent=2) + "\n")
         # Saved, not copied: its padding may stand in another file beside it.
         write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
-        write_text(building / "README.md", str(model_card(run)))
+        write_text(building / "README.md", str(model_card(run, adapters)))
         # Only our own files are replaced: a folder may be a clone with a history.
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in files:
             (building / name).replace(folder / name)
         building.rmdir()
     except OSError as error:
@@ -60,7 +71,7 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None) ->
         try:
             api = HfApi(library_name="vmm", library_version=vmm.__version__)
             api.create_repo(push, exist_ok=True)
-            api.upload_folder(repo_id=push, folder_path=folder, allow_patterns=list(FILES))
+            api.upload_folder(repo_id=push, folder_path=folder, allow_patterns=list(files))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             line = str(error).strip().splitlines()[0]
             raise UserError(f"push {push}: refused ({line}); log in with `hf auth login`; {folder} is whole") from None
@@ -80,8 +91,20 @@ def _published_config(run: Run) -> dict:
     }
 
 
-def model_card(run: Run) -> ModelCard:
-    """Returns the card; every number in it is read from the run's own records."""
+def _adapters(run: Run) -> tuple[dict, dict]:
+    """Returns the parameters of a run that its base has not, path with dots → array, and what its config says of them."""
+    base = run.experiment.config.init_from
+    if not base:
+        raise UserError(f"publish --adapters: {run.workdir} has no init_from, so there is no base to put adapters on")
+    under = base_tensors(base, run.experiment)
+    ours = {name: np.asarray(x) for name, x in flatten_dict(jax.device_get(weights(run.state)), sep=".").items()}
+    own = {name: x for name, x in ours.items() if name not in under or x.tobytes() != under[name].tobytes()}
+    under = {name: x for name, x in under.items() if name not in own}
+    return own, {"base": base, "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
+
+
+def model_card(run: Run, adapters: bool = False) -> ModelCard:
+    """Returns the card; every number in it is read from the run's own records. adapters: the folder holds these alone."""
     metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row and row["step"] <= run.step]
     evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
     clip, c = run.experiment.clip, run.experiment.config
@@ -95,7 +118,7 @@ def model_card(run: Run) -> ModelCard:
         "",
         "```python",
         "import vmm",
-        'model = vmm.load("path/of/this/folder")',
+        'model = vmm.load("path/of/this/folder"' + (', base="path/of/its/base")' if adapters else ")"),
         f"model.embed({', '.join(_EXAMPLE[name] for name in parts)})",
         "```",
         "",
@@ -103,7 +126,7 @@ def model_card(run: Run) -> ModelCard:
         "",
         "| | |",
         "|---|---|",
-        f"| parameters | {run.experiment.parameters():,} |",
+        f"| parameters | {run.experiment.parameters():,}, trained {run.experiment.trained():,} |",
         f"| steps × batch | {run.step} of {c.steps} × {c.batch} clips |",
         f"| clip | {clip.seconds} s, {clip.frames} frames of {clip.size} × {clip.size}; audio at {clip.sample_rate} Hz |",
         f"| objectives | {objectives} |",
@@ -142,17 +165,11 @@ def _told(digests: dict) -> str:
     )
 
 
-def load_published(source: str | Path) -> "Model":
+def load_published(source: str | Path, base: str | Mapping[str, str] | None = None) -> "Model":
     """Returns the model of a folder or Hub repository, ours or of a known family; see vmm.load."""
-    opened = open_source(source)
+    opened = open_source(source, base)
     experiment = experiment_of(opened)
     return Model(experiment, parameter_tree(opened.tensors, nn.unbox(experiment.shapes), source))
-
-
-def experiment_of(source: Source) -> Experiment:
-    """Returns the published part of a config, within a config that trains nothing."""
-    data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, "labels": source.labels}
-    return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data})
 
 
 class Model:

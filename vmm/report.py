@@ -18,7 +18,8 @@ from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
 from vmm.errors import StorageError, UserError
-from vmm.evaluate import Predict, grid, show
+from vmm.evals.tables import grid, show, show_interval
+from vmm.evaluate import Predict
 from vmm.model import sample_keys
 from vmm.run import Run, open_run, weights
 from vmm.training.metrics import read_rows
@@ -48,11 +49,13 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
         raise UserError(f"{run.workdir}/metrics.jsonl: holds no metrics to draw; train first")
     evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
     values = evals[-1]["values"] if evals else {}
+    # Records of before there were intervals have none.
+    ends, suites = (evals[-1].get(key, {}) if evals else {} for key in ("intervals", "suites"))
     parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics)]
     parts += ["<h2>Loss</h2>", _losses(metrics)]
     retrieval = _first(run, "retrieval")
     if retrieval and values:
-        parts += ["<h2>Retrieval against chance</h2>", _retrieval(retrieval, values)]
+        parts += ["<h2>Retrieval against chance</h2>", _retrieval(retrieval, values, ends)]
     if not values:
         parts.append(
             '<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>'
@@ -62,7 +65,11 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
         parts += _reconstructions(run, run.experiment.evals[retrieval].data)
     for name in run.experiment.evals:
         if name != retrieval and values:
-            parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(name, values)]
+            parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(name, values, ends)]
+    if suites.get("robustness"):
+        parts += ["<h2>Robustness</h2>", _robustness(suites["robustness"], values)]
+    if suites.get("calibration"):
+        parts += ["<h2>Calibration</h2>", _calibration(suites["calibration"])]
     for folder in ablations:
         parts += _ablation(folder)
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
@@ -124,7 +131,7 @@ def _losses(metrics: list[dict]) -> str:
     return _svg(figure)
 
 
-def _retrieval(name: str, values: dict) -> str:
+def _retrieval(name: str, values: dict, ends: dict) -> str:
     mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
     rows, columns, cells, notes = grid(mine)
     chance = notes.get("chance/R@1", 0.0)
@@ -145,17 +152,73 @@ def _retrieval(name: str, values: dict) -> str:
     axis.set_ylim(0, 100)
     axis.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.16))
     axis.spines[["top", "right"]].set_visible(False)
-    return _svg(figure) + _grid_table(name, values)
+    return _svg(figure) + _grid_table(name, values, ends)
 
 
-def _grid_table(name: str, values: dict) -> str:
+def _robustness(suite: dict, values: dict) -> str:
+    """A picture an evaluator: what stays of the clean clips' mean score, by corruption and severity; then its numbers."""
+    corruptions = list(dict.fromkeys(key.partition("/")[0] for key in suite))
+    severities = sorted({int(key.partition("/")[2]) for key in suite})
+    keys = [key for key in next(iter(suite.values()))["intervals"] if not key.endswith(("/R@5", "/R@10", "/top5"))]
+    evaluators = list(dict.fromkeys(key.partition("/")[0] for key in keys))
+    figure, axes = plt.subplots(1, len(evaluators), figsize=(10, 3.4), squeeze=False, layout="constrained")
+    rows = []
+    for axis, evaluator in zip(axes[0], evaluators):
+        mine = [key for key in keys if key.startswith(f"{evaluator}/")]
+        for corruption in corruptions:
+            line = [np.mean([values[key] for key in mine])]
+            line += [np.mean([suite[f"{corruption}/{s}"]["values"][key] for key in mine]) for s in severities]
+            axis.plot([0, *severities], [100 * value for value in line], label=corruption, linewidth=1.2, marker=".")
+            cells = "".join(f"<td>{show('', float(value))}</td>" for value in line)
+            rows.append(f"<tr><td>{html.escape(evaluator)}, {corruption}</td>{cells}</tr>")
+        axis.set_title(f"{evaluator}, mean of {len(mine)}", fontsize=9)
+        axis.set_xlabel("severity")
+        axis.set_ylabel("%")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    head = "".join(f"<th>{name}</th>" for name in ("", "clean", *severities))
+    return _svg(figure) + f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _calibration(suite: dict) -> str:
+    """Reliability diagrams (accuracy against confidence; the diagonal is honest) and the errors with intervals."""
+    shown = list(suite.items())[:12]
+    figure, axes = plt.subplots(-(-len(shown) // 4), 4, figsize=(10, 2.6 * -(-len(shown) // 4)), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (name, one) in zip(axes.flat, shown):
+        bins = [(c, a) for c, a in zip(one["bins"]["confidence"], one["bins"]["accuracy"]) if c is not None]
+        axis.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="--")
+        axis.plot(*zip(*bins), color="#08519c", marker="o", markersize=3, linewidth=1)
+        axis.set_title(name, fontsize=8)
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    rows = []
+    for name, one in suite.items():
+        cells = [
+            f"{show(key, one['values'][key])} <span class='note'>{show_interval(key, one['intervals'][key])}</span>"
+            for key in ("accuracy", "confidence", "error")
+        ]
+        cells.append(f"{one['values']['brier']:.3f}")
+        rows.append(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("", "accuracy", "confidence", "calibration error", "Brier"))
+    return _svg(figure) + f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _grid_table(name: str, values: dict, ends: dict) -> str:
     mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
     rows, columns, cells, notes = grid(mine)
     lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>"]
     for row in rows:
         lines.append(
             f"<tr><td>{html.escape(row)}</td>"
-            + "".join(f"<td>{show(c, cells.get((row, c)))}</td>" for c in columns)
+            + "".join(
+                f"<td>{show(c, cells.get((row, c)))} "
+                f"<span class='note'>{show_interval(c, ends.get(f'{name}/{row}/{c}'))}</span></td>"
+                for c in columns
+            )
             + "</tr>"
         )
     caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())

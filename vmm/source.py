@@ -1,20 +1,27 @@
-"""Any folder of weights → a model's config and tensors: published by vmm, published in a family's layout, or a run."""
+"""Any folder of weights → a model's config and tensors: published by vmm, whole or as adapters, in a family's layout, or a run."""
 
+import dataclasses
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import vmm
 from vmm.build import plain
-from vmm.errors import UserError
+from vmm.encoders import ENCODERS
+from vmm.errors import UserError, one_of
+from vmm.experiment import Experiment
 from vmm.run import open_run, weights
-from vmm.weights import load_tensors
+from vmm.weights import fit, load_tensors, parameter_tree
 from vmm.weights.families import reason
+from vmm.weights.fit import unstack
 from vmm.weights.published import read_config, read_published
 
 FORMAT = 1  # of folders that vmm publishes
@@ -45,8 +52,11 @@ class Source(NamedTuple):
     tokenizer: Path | None
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, base: str | Mapping[str, str] | None = None) -> Source:
     """Reads a folder, or a Hub repository ("owner/name[@revision]"). Nothing is ever unpickled.
+
+    base: of a folder of adapters (`vmm publish --adapters`): what they are put on, as `init_from`; None: where it was
+    when they were trained.
 
     Raises:
       UserError: there is none, it is not whole, or of a format or family that is not known.
@@ -54,10 +64,18 @@ def open_source(source: str | Path) -> Source:
     folder = Path(source)
     if not folder.is_dir():
         folder = _from_hub(str(source))
-    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+    run = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    config = {}
+    if not run and (not list(folder.glob("*.npz")) or (folder / "config.json").is_file()):
+        config = read_config(folder)
+    ours = config.get("library_name") == "vmm"
+    if ours and "base" in config:
+        return _adapted(folder, config, base)
+    if base is not None:
+        raise UserError(f"{source}: holds a whole model, no adapters; leave `base` out")
+    if run:
         return _run(folder)
-    config = read_config(folder) if not list(folder.glob("*.npz")) or (folder / "config.json").is_file() else {}
-    if config.get("library_name") == "vmm":
+    if ours:
         return _vmm(folder, config)
     if "model_type" not in config and not list(folder.glob("*.npz")):
         raise UserError(
@@ -72,6 +90,14 @@ def open_source(source: str | Path) -> Source:
 
 
 def _vmm(folder: Path, config: dict) -> Source:
+    model, clip, labels = _read(folder, config)
+    tensors = load_tensors(folder / "model.safetensors")
+    tokenizer = folder / "tokenizer.json"
+    return Source("vmm", model, clip, labels, tensors, [], tokenizer if tokenizer.is_file() else None)
+
+
+def _read(folder: Path, config: dict) -> tuple[dict, dict, dict]:
+    """Returns model, clip and labels of a folder's config."""
     path = folder / "config.json"
     try:
         config = plain(config)
@@ -81,18 +107,109 @@ def _vmm(folder: Path, config: dict) -> Source:
         raise UserError(f"{folder}: holds no model published by `vmm publish` (config.json: {error!r})") from None
     if not known:
         raise UserError(f"{path}: format {config['format']!r} is not known to vmm {vmm.__version__}; upgrade vmm")
-    tensors = load_tensors(folder / "model.safetensors")
-    tokenizer = folder / "tokenizer.json"
-    return Source("vmm", model, clip, labels, tensors, [], tokenizer if tokenizer.is_file() else None)
+    return model, clip, labels
 
 
 def _run(folder: Path) -> Source:
     run = open_run(folder, alone=True)
-    flat = flatten_dict(jax.device_get(weights(run.state)), sep=".")
+    flat = flatten_dict(run.experiment.merged(jax.device_get(weights(run.state))), sep=".")
     data = run.config["data"]
     model = {key: run.config[key] for key in ("trunk", "views", "objectives", "balance") if key in run.config}
     tensors = {name: np.asarray(value) for name, value in flat.items()}
     return Source("run", model, data.get("clip", {}), data.get("labels", {}), tensors, [], Path(data["tokenizer"]))
+
+
+def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
+    """Returns the published part of a config, within a config that trains nothing."""
+    data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, "labels": source.labels}
+    return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt})
+
+
+def fit_base(
+    init_from: str | Mapping[str, str], values: Mapping[str, np.ndarray], experiment: Experiment
+) -> tuple[dict, dict]:
+    """Returns a model's tensors with those of other models in them, and source → its Report.
+
+    Args:
+      init_from: a source that vmm.load takes, for all its parameters; or modality → source, for one encoder each.
+      values: parameter path with dots → array, of the experiment's model.
+
+    Raises:
+      UserError: a source cannot be read, lacks the modality, or nothing of it fits.
+    """
+    values, reports = dict(values), {}
+    for modality, path in ({None: init_from} if isinstance(init_from, str) else dict(init_from)).items():
+        opened = open_source(path)
+        if modality is not None and modality not in opened.model["trunk"]["encoders"]:
+            known = sorted(opened.model["trunk"]["encoders"])
+            raise UserError(f"init_from.{modality}: {path} has no encoder of {modality}; {one_of(modality, known)}")
+        tensors = opened.tensors
+        if modality is not None:
+            tensors = {name: x for name, x in tensors.items() if name.startswith(f"model.encoder_{modality}.")}
+        values, report = fit(tensors, values, _tubelets(opened.model, experiment))
+        if not report.loaded:
+            raise UserError(f"init_from: nothing of {path} fits the config; the first left is {report.left[:1]}")
+        reports[path] = report._replace(missing=[] if modality is not None else report.missing)
+    return values, reports
+
+
+def _tubelets(model: Mapping, experiment: Experiment) -> dict:
+    """Returns encoder → (the source's tubelet, ours), for video encoders in both."""
+    default = {f.name: f.default for f in dataclasses.fields(ENCODERS["video"])}["tubelet"]
+    old, new = model["trunk"]["encoders"], experiment.config.trunk["encoders"]
+    return {
+        name: (tuple(old[name].get("tubelet", default)), tuple(new[name].get("tubelet", default)))
+        for name in set(old) & set(new)
+        if old[name]["kind"] == new[name]["kind"] == "video"
+    }
+
+
+def base_tensors(init_from: str | Mapping[str, str], experiment: Experiment) -> dict[str, np.ndarray]:
+    """Returns the tensors of an experiment's model that come whole from its base, as a run begins with them.
+
+    Raises:
+      UserError: as fit_base.
+    """
+    shapes = flatten_dict(nn.unbox(experiment.shapes), sep=".")
+    blank = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    values, reports = fit_base(init_from, blank, experiment)
+    taken = {name for r in reports.values() for name in (*r.loaded, *(resampled for resampled, _ in r.resampled))}
+    # The reports name scanned layers one by one.
+    return {name: value for name, value in values.items() if taken.issuperset(unstack({name: value}))}
+
+
+def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of tensors: names, types, shapes and bytes, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name])
+        total.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        total.update(value.tobytes())
+    return total.hexdigest()
+
+
+def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -> Source:
+    """Reads a folder of adapters and puts them on their base: a model without adapters."""
+    model, clip, labels = _read(folder, config)
+    try:
+        adapt, digest, base = config["adapt"], config["base_sha256"], config["base"] if base is None else base
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: is of no folder of adapters ({error} is missing)") from None
+    own, tokenizer = load_tensors(folder / "adapters.safetensors"), folder / "tokenizer.json"
+    source = Source("vmm", model, clip, labels, own, [], tokenizer if tokenizer.is_file() else None)
+    experiment = experiment_of(source, plain(adapt))
+    try:
+        under = base_tensors(base, experiment)
+    except UserError as error:
+        raise UserError(f"{folder}: its base cannot be read; give it as `base` ({error})") from None
+    under = {name: value for name, value in under.items() if name not in own}
+    if fingerprint(under) != digest:
+        raise UserError(
+            f"{folder}: these adapters are of another base than {base} (SHA-256 of its tensors "
+            f"{fingerprint(under)[:12]}, theirs {digest[:12]}); give the one they were trained on as `base`"
+        )
+    tree = parameter_tree({**under, **own}, nn.unbox(experiment.shapes), folder)
+    return source._replace(tensors=flatten_dict(experiment.merged(tree), sep="."))
 
 
 def _from_hub(source: str) -> Path:

@@ -3,10 +3,14 @@
 Contract: an evaluator is a dataclass, called with `predict(manifest, subset) → Predictions`, where
 subset is a key of types.SUBSETS (the modalities that the model is shown). Predictions are rows of
 real clips, each once, whatever the batch and the number of hosts; asking twice costs once.
+
+One that derives from scored.Measuring tells what it finds clip by clip, and so gets intervals, calibration, robustness
+and a place in the file of predictions; any other gives its numbers alone.
 """
 
 from vmm.evals.classification import Classification
 from vmm.evals.probe import Probe
 from vmm.evals.retrieval import Retrieval
+from vmm.evals.tagging import Tagging
 
-EVALS = {"retrieval": Retrieval, "probe": Probe, "classification": Classification}
+EVALS = {"retrieval": Retrieval, "probe": Probe, "classification": Classification, "tagging": Tagging}

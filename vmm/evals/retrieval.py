@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from vmm.errors import UserError, one_of
+from vmm.evals.classification import objectives_of
+from vmm.evals.scored import Measured, Measuring, Scored
 from vmm.types import SUBSETS
 
 
@@ -23,20 +27,39 @@ def ranks(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return above, level
 
 
+def found(above: np.ndarray, level: np.ndarray, k: int) -> np.ndarray:
+    """Returns each query's chance [n] that its key is among the first k, ties broken at random: constants give chance."""
+    return np.clip((k - above) / (level + 1.0), 0.0, 1.0)
+
+
 def recall(above: np.ndarray, level: np.ndarray, k: int) -> float:
-    """Returns R@k in [0, 1], ties broken at random in expectation: constant scores give chance."""
-    return float(np.clip((k - above) / (level + 1.0), 0.0, 1.0).mean())
+    """Returns R@k in [0, 1], the mean of `found`."""
+    return float(found(above, level, k).mean())
+
+
+def score(name: str, data: str, subset: str, row: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> Scored:
+    """Returns R@1, R@5, R@10 (in [0, 1]) and the median rank (1 is best, ties at their middle). See Scored, `ranks`.
+
+    Queries are what a resample draws; the keys that they are compared with stay.
+    """
+    above, level = ranks(queries, keys)
+    rank = 1 + above + level / 2
+
+    def rest(places: np.ndarray) -> dict[str, float]:
+        return {"median_rank": float(np.median(rank[places]))}
+
+    means = {f"R@{k}": found(above, level, k) for k in (1, 5, 10)}
+    return Scored(name, data, subset, row, means, {"rank": rank}, rest)
 
 
 def table(queries: np.ndarray, keys: np.ndarray) -> dict[str, float]:
-    """Returns R@1, R@5, R@10 (in [0, 1]) and the median rank (1 is best, ties at their middle)."""
-    above, level = ranks(queries, keys)
-    values = {f"R@{k}": recall(above, level, k) for k in (1, 5, 10)}
-    return values | {"median_rank": float(np.median(1 + above + level / 2))}
+    """Returns R@1, R@5, R@10 and the median rank of key i for query i."""
+    scored = score("", "", "", np.arange(len(queries)), queries, keys).numbers()
+    return {key.removeprefix("/"): value for key, value in scored.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Measuring):
     """Text ↔ video ↔ audio retrieval, every subset of streams against every other stream.
 
     data: manifest. objective: name of the contrastive objective in the config.
@@ -47,14 +70,18 @@ class Retrieval:
     data: str
     objective: str = "contrast"
 
-    def __call__(self, predict: Callable) -> dict[str, float]:
+    def measure(self, predict: Callable, prepared: Any) -> Measured:
+        """Returns the scores under "V→T" and so on."""
         rows = predict(self.data, "VAT")
         names = [name for name in ("video", "audio", "text") if f"{self.objective}/{name}" in rows]
+        if not names:
+            hint = one_of(self.objective, objectives_of(rows))
+            raise UserError(f"evals (kind 'retrieval'): objective {self.objective!r} embeds nothing; {hint}")
         complete = np.logical_and.reduce([rows[f"present/{name}"] for name in names])
         embedding = {name: rows[f"{self.objective}/{name}"][complete] for name in names}
-        result = {"clips": float(complete.sum())}
         if not complete.any():
-            return result
+            return Measured([], {"clips": 0.0})
+        scored = []
         for letters, modalities in SUBSETS.items():
             if not set(modalities) <= set(names):
                 continue
@@ -62,5 +89,5 @@ class Retrieval:
             for target in names:
                 if target not in modalities:
                     direction = f"{letters}→{target[0].upper()}"
-                    result |= {f"{direction}/{key}": value for key, value in table(query, embedding[target]).items()}
-        return result | {"chance/R@1": 1.0 / complete.sum()}
+                    scored.append(score(direction, self.data, letters, rows["row"][complete], query, embedding[target]))
+        return Measured(scored, {"clips": float(complete.sum()), "chance/R@1": 1.0 / complete.sum()})

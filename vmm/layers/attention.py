@@ -11,7 +11,7 @@ from vmm.errors import UserError
 from vmm.layers.chunks import chunked, rows_of
 from vmm.layers.dense import Dense
 from vmm.layers.kernels import choose, fused
-from vmm.sharding import constrain
+from vmm.sharding import constrain, named
 
 
 def attention(
@@ -61,11 +61,12 @@ class Attention(nn.Module):
     """Multi-head attention of x [B Q D] over a context [B K D] (x itself when None).
 
     cap: see attention. The call's mask is broadcast to [B A Q K]; rotary turns queries and keys of x, and asks for
-    no context.
+    no context. prefix: learned keys and values that come before those of the tokens, seen by every query.
     """
 
     heads: int
     cap: float = 0.0
+    prefix: int = 0
 
     @nn.compact
     def __call__(
@@ -88,8 +89,23 @@ class Attention(nn.Module):
         if rotary is not None:
             assert context is None or context is x, "rotary positions are of x alone"
             query, key = rotate(query, rotary), rotate(key, rotary)
+        if self.prefix:
+            key, value, valid, mask = self._with_prefix(key, value, valid, mask)
         mixed = self.mix(query, key, value, valid, mask)
         return Dense((width,), ("heads", "head_dim", "embed"), inputs=2, name="out")(mixed)
+
+    def _with_prefix(self, key, value, valid, mask):
+        if isinstance(mask, tuple):
+            raise UserError("block.prefix: only where a token sees every other; set the encoder's attention to joint")
+        batch, count = key.shape[0], self.prefix
+        init = named(nn.initializers.normal(0.02), (None, "heads", "head_dim"))
+        own = [self.param(f"prefix_{name}", init, (count, *key.shape[2:]), jnp.float32) for name in ("key", "value")]
+        own = [jnp.broadcast_to(x.astype(key.dtype), (batch, *x.shape)) for x in own]
+        key, value = (jnp.concatenate(pair, axis=1) for pair in zip(own, (key, value)))
+        valid = jnp.concatenate([jnp.ones((batch, count), bool), valid], axis=1)
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0),) * (mask.ndim - 1) + ((count, 0),), constant_values=True)
+        return key, value, valid, mask
 
     def mix(self, query, key, value, valid, mask) -> Float[Array, "B Q A d"]:
         """The attention itself; another kind replaces this and shares the projections."""

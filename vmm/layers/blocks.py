@@ -38,6 +38,18 @@ class Mlp(nn.Module):
         return Dense((width,), ("mlp", "embed"), name="down")(hidden)
 
 
+class Bottleneck(nn.Module):
+    """x + up(act(down(x))), down to `width` values; the zero map at first, so that nothing changes (Houlsby et al. 2019)."""
+
+    width: int
+    activation: str = "gelu_tanh"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        hidden = ACTIVATIONS[self.activation](Dense((self.width,), ("embed", None), name="down")(x))
+        return x + Dense((x.shape[-1],), (None, "embed"), zero=True, name="up")(hidden)
+
+
 class Block(nn.Module):
     """Transformer block. Queries and MLP are for x; keys are x and, if given, a context.
 
@@ -45,8 +57,13 @@ class Block(nn.Module):
     activation: of the MLP. epsilon: of the norms. cap: of attention's logits, 0: none. The call's mask is broadcast
     to [B A Q K], rotary from positions.rotary.
 
+    bottleneck: width of adapters behind attention and MLP, before each is added (Houlsby et al. 2019, fig. 2), 0: none.
+    prefix: learned keys and values of attention (Li & Liang 2021, without the reparametrising MLP), 0: none. Both are for
+    fine-tuning, with optim.rate_rules ((".*/(bottleneck|prefix)_.*", 1.0), ("objective_.*", 1.0), (".*", 0.0)).
+
     FLOPs forward a sample: Q (8 D² + 4 r D²) + K 4 D² − Q 4 D² + 4 Q K D for Q tokens of x and
-    K keys in all (r the MLP ratio): 24 N D² + 4 N² D where they are the same N and r = 4.
+    K keys in all (r the MLP ratio): 24 N D² + 4 N² D where they are the same N and r = 4. Bottlenecks of width h: 8 Q h D
+    more; n of a prefix: 4 Q n D more.
     """
 
     heads: int
@@ -55,6 +72,8 @@ class Block(nn.Module):
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     cap: float = 0.0
+    bottleneck: int = 0
+    prefix: int = 0
 
     @nn.compact
     def __call__(
@@ -79,16 +98,22 @@ class Block(nn.Module):
             keys_valid = jnp.concatenate([valid, context_valid], axis=1)
         mlp = Mlp(self.ratio, self.activation, name="mlp")
         if pre:
-            x = x + attention(query, keys, keys_valid, mask, rotary)
-            x = x + mlp(norm_mlp(x))
+            x = x + self.adapted("attention", attention(query, keys, keys_valid, mask, rotary))
+            x = x + self.adapted("mlp", mlp(norm_mlp(x)))
         else:
-            x = norm_attention(x + attention(query, keys, keys_valid, mask, rotary))
-            x = norm_mlp(x + mlp(x))
+            x = norm_attention(x + self.adapted("attention", attention(query, keys, keys_valid, mask, rotary)))
+            x = norm_mlp(x + self.adapted("mlp", mlp(x)))
         return constrain(x, "batch", "tokens", None)
 
     def attend(self, name: str) -> Attention:
         """The block's attention; another kind of block replaces this."""
-        return Attention(self.heads, self.cap, name=name)
+        return Attention(self.heads, self.cap, self.prefix, name=name)
+
+    def adapted(self, name: str, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
+        """What a sublayer gives, through its bottleneck if there is one."""
+        if not self.bottleneck:
+            return x
+        return Bottleneck(self.bottleneck, self.activation, name=f"bottleneck_{name}")(x)
 
 
 def make_block(heads: int, ratio: float, spec: Mapping, name: str) -> Block:

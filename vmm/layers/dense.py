@@ -49,14 +49,15 @@ class Dense(nn.Module):
     """Linear map over the last `inputs` axes: [... in] → [... out].
 
     features: sizes of the new axes. axes: logical names of kernel axes, old then new.
-    inputs: how many trailing axes are contracted. Initialised Xavier-uniform (Glorot & Bengio 2010),
-    biases zero.
+    inputs: how many trailing axes are contracted. Initialised Xavier-uniform (Glorot & Bengio 2010), or zero with
+    `zero`; biases zero.
     """
 
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
     inputs: int = 1
     bias: bool = True
+    zero: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -64,6 +65,8 @@ class Dense(nn.Module):
 
         def init(key, shape_, dtype):
             flat = (math.prod(shape), math.prod(self.features))
+            if self.zero:
+                return jnp.zeros(shape_, dtype)
             return nn.initializers.xavier_uniform()(key, flat, dtype).reshape(shape_)
 
         kernel = self.param("kernel", named(init, self.axes), (*shape, *self.features), jnp.float32)

@@ -339,7 +339,7 @@ class SpaceTimeBlock(Block):
             layout, count = mask
             cut = layout.registers
             norm = LayerNorm(self.epsilon, name="norm_temporal")
-            along = SpaceTimeAttention(self.heads, self.cap, (("temporal", self.heads),), name="attention_temporal")
+            along = SpaceTimeAttention(self.heads, self.cap, 0, (("temporal", self.heads),), name="attention_temporal")
             out = Dense(x.shape[-1:], ("embed", None), name="temporal_out")
             tokens, turn = x[:, cut:], None if rotary is None else tuple(part[:, cut:] for part in rotary)
             own = (layout.without_registers(), count)
@@ -352,7 +352,7 @@ class SpaceTimeBlock(Block):
 
     def attend(self, name: str) -> Attention:
         """Returns the block's attention by patterns."""
-        fields = (self.heads, self.cap, self.shares, self.window, self.gated, self.divided)
+        fields = (self.heads, self.cap, self.prefix, self.shares, self.window, self.gated, self.divided)
         return SpaceTimeAttention(*fields, name=name)
 
 

@@ -17,7 +17,7 @@ class Classify(nn.Module):
     streams know only themselves, and the mean of their logits is the classical late fusion.
 
     view, weight: see Recipe. labels: label → number of classes; samples without it do not count.
-    pooling, heads: see layers.Pool.
+    pooling, heads: see layers.Pool. smoothing: of the labels, see losses.cross_entropy.
     """
 
     labels: Mapping[str, int]
@@ -25,6 +25,7 @@ class Classify(nn.Module):
     weight: float = 1.0
     pooling: str = "mean"
     heads: int = 4
+    smoothing: float = 0.0
 
     needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
@@ -47,10 +48,10 @@ class Classify(nn.Module):
         result = {}
         for label, logits in self.predict(outputs, batch).items():
             truth = batch.labels[label]
-            error, known = losses.cross_entropy(logits, truth), truth >= 0
+            error, known = losses.cross_entropy(logits, truth, self.smoothing), truth >= 0
             if batch.mixed is not None:  # MixUp: each source's error by its share
                 share, others = batch.mixed.share, batch.mixed.labels[label]
-                theirs = [losses.cross_entropy(logits, others[:, k]) for k in range(others.shape[1])]
+                theirs = [losses.cross_entropy(logits, others[:, k], self.smoothing) for k in range(others.shape[1])]
                 error = (1 - share.sum(1)) * error + (share * jnp.stack(theirs, 1)).sum(1)
                 known &= ((others >= 0) | (share == 0)).all(1)
             result[label] = {

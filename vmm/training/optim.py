@@ -6,9 +6,11 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vmm.errors import UserError, one_of
+from vmm.training.depth import layer_rates
 
 Rules = tuple[tuple[str, float], ...]
 
@@ -26,9 +28,11 @@ class Optim:
     ema: decay of the running average of parameters, 0: none. ema_end: it changes evenly to this by the last step (the
     teacher's in V-JEPA, 0.998 to 1), 0: it stays.
     accumulate: parts a batch is computed in (memory for time; the result is the same).
+    layer_decay: each layer's rate is this times that of the layer above it, see depth.layer_rates; 1: all the same.
     rate_rules, decay_rules: ordered (regex, multiplier) over parameter paths ("model/encoder_video/
     embed/kernel"); the first that matches counts, and every parameter must match one. A rate
-    multiplier of 0 freezes: no gradient, no decay, no moments.
+    multiplier of 0 freezes: no gradient, no decay, no moments. Bias-only tuning (BitFit, Ben Zaken et al. 2022) is
+    rate_rules=((".*/bias", 1.0), ("objective_.*", 1.0), (".*", 0.0)).
     """
 
     kind: str = "adamw"
@@ -45,6 +49,7 @@ class Optim:
     ema: float = 0.0
     ema_end: float = 0.0
     accumulate: int = 1
+    layer_decay: float = 1.0
     rate_rules: Rules = ((".*", 1.0),)
     decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))
 
@@ -148,6 +153,11 @@ def make_optimizer(optim: Optim, params, steps: int) -> optax.GradientTransforma
     rates = match(optim.rate_rules, params, "optim.rate_rules")
     decays = match(optim.decay_rules, params, "optim.decay_rules")
     free = jax.tree.map(lambda rate: rate != 0, rates)
+    if not 0 < optim.layer_decay <= 1:
+        raise UserError(f"optim.layer_decay: above 0 and at most 1, got {optim.layer_decay}")
+    if optim.layer_decay != 1:
+        layers = layer_rates(optim.layer_decay, params)
+        rates = jax.tree.map(lambda rate, layer: np.float32(rate * layer), rates, layers)
     if not any(jax.tree.leaves(free)):
         raise UserError("optim.rate_rules: every parameter is frozen; give some a rate above 0")
     masked = lambda values: jax.tree.map(lambda v, f: v if f else optax.MaskedNode(), values, free)  # noqa: E731

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vmm.sharding import batch_sharding, compiler_options, in_device_memory, in_host_memory, place_state
+from vmm.training.allocation import allocating
 from vmm.training.guard import Guard, blank_watch, counted, judge, kept, layer_norms
 from vmm.training.health import of_gradient, when
 from vmm.training.optim import Optim, ema_decay, ema_update, make_optimizer, schedule, trainable
@@ -58,6 +59,7 @@ def make_program(
     memory: Mapping | None = None,
     guard: Guard | None = None,
     poison: tuple[int, ...] = (),
+    adapt: tuple = (),
 ) -> Program:
     """Returns the run's program.
 
@@ -71,9 +73,10 @@ def make_program(
       memory: objective → empty queue of past embeddings; where there are any, the loss takes them and gives them back.
       guard: when a step is to change nothing; None: never.
       poison: steps (the first is 1) whose loss is made not-a-number, to see what happens then (training/faults.py).
+      adapt: of the config, for adapters whose ranks change while training (allocation.py).
     """
     boxed = jax.eval_shape(initialise, jax.random.key(0))
-    optimizer = make_optimizer(optim, boxed, steps)
+    optimizer = allocating(make_optimizer(optim, boxed, steps), adapt, nn.unbox(boxed), steps)
     rate = schedule(optim, steps)
     free = trainable(optim, nn.unbox(boxed))
 
