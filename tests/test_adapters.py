@@ -42,7 +42,7 @@ def tiny(**changes) -> dict:
         ),
         trunk=dict(encoders=dict(video=encoder), fusion=dict(kind="late", width=16, depth=0, heads=2)),
         views=dict(clean={}),
-        objectives=dict(label=dict(kind="classify", labels=dict(shape=6))),
+        objectives=dict(labels=dict(kind="classify", labels=dict(shape=6))),
         optim=dict(learning_rate=1e-2, weight_decay=0.1, ema=0.9),
     )  # fmt: skip
     return config | changes
@@ -313,7 +313,7 @@ def test_bad_input(adapt, message):
 )
 def test_a_head_that_does_not_fit_the_labels(labels, message):
     with pytest.raises(UserError, match=message):
-        Experiment(tiny(objectives=dict(label=dict(kind="classify", labels=labels))))
+        Experiment(tiny(objectives=dict(labels=dict(kind="classify", labels=labels))))
 
 
 # ---- in a model and its step ---------------------------------------------------------------------
@@ -606,7 +606,7 @@ def layered(scan: bool) -> dict:
         },
     }
     adapted = {"encoder_text": {"stack": {"blocks": stack(3)}}}
-    return {"model": model, "objective_label": {"kernel": np.ones(4)}, "adapters": {"model": adapted}}
+    return {"model": model, "objective_labels": {"kernel": np.ones(4)}, "adapters": {"model": adapted}}
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -620,7 +620,7 @@ def test_rates_fall_by_layers(scan):
             assert values[0].shape == (depth, 1) and values[0].dtype == np.float32
         return np.concatenate([np.ravel(value) for value in values]).tolist()
 
-    assert rates["objective_label/kernel"] == rates["model/fuse/leave/scale"] == 1.0
+    assert rates["objective_labels/kernel"] == rates["model/fuse/leave/scale"] == 1.0
     assert of("model/fuse/blocks", 2) == [0.25, 0.5]
     assert rates["model/fuse/enter/modality_text"] == rates["model/encoder_video/stack/norm/scale"] == 0.25
     assert of("model/encoder_video/stack/blocks", 2) == [1 / 16, 1 / 8]
@@ -639,7 +639,7 @@ def test_rates_of_an_encoder_alone_are_those_of_mae():
     assert rates[f"{prefix}/embed/kernel"] == pytest.approx(0.75**13)
     for i in range(12):
         assert rates[f"{prefix}/stack/blocks/layer_{i}/block/mlp/up/kernel"] == pytest.approx(0.75 ** (12 - i))
-    assert rates[f"{prefix}/stack/norm/scale"] == rates["objective_label/video_shape/kernel"] == 1.0
+    assert rates[f"{prefix}/stack/norm/scale"] == rates["objective_labels/video_shape/kernel"] == 1.0
 
 
 def test_stretches_of_layers_follow_one_another():

@@ -484,6 +484,10 @@ def test_wrong_views_are_errors():
         (dict(views=dict(clean={}, masked=dict(video=dict(kind="tub", ratio=0.5)))), "unknown mask"),
         (dict(views=dict(clean={}, masked=dict(video=0.5))), "views.masked.video: a mask is a group"),
         (dict(views=dict(clean={}, masked=dict(video=dict(kind="tube")))), "a kind and a ratio"),
+        (
+            dict(objectives=dict(label=dict(kind="classify", view="clean", labels={"x": 2}))),
+            "objectives.label: .*another",
+        ),
     ):
         recipe = whole_recipe(**changes)
         keys = jax.random.split(jax.random.key(0), len(batch.index))

@@ -23,7 +23,7 @@ from vmm.layers import layers_of, pool, scalar
 from vmm.objectives import OBJECTIVES
 from vmm.objectives.contrastive import Contrastive
 from vmm.training import health
-from vmm.types import Batch, Mask, Outputs, Patches, Tokens
+from vmm.types import TOLD, Batch, Mask, Outputs, Patches, Tokens
 
 
 class Trunk(nn.Module):
@@ -142,6 +142,8 @@ class Recipe(nn.Module):
                         f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}"
                     )
         for name, objective in self.objective.items():
+            if name in TOLD:
+                raise UserError(f"objectives.{name}: predictions need that name for something else; choose another")
             if objective.view not in self.views:
                 raise UserError(
                     f"objectives.{name}.view: no view {objective.view!r}; {one_of(objective.view, self.views)}"

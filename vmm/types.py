@@ -17,6 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 MODALITIES = ("video", "audio", "text")
 
+# First parts of the names under which a clip's predictions hold what no objective said.
+TOLD = ("encoded", "fused", "hidden", "label", "present")
+
 # Every modality subset that an evaluation reports, in the order of its tables.
 SUBSETS = {
     "V": ("video",),

@@ -9,7 +9,7 @@ import numpy as np
 from vmm.errors import UserError, one_of
 from vmm.evals.calibration import softmax
 from vmm.evals.scored import Classes, Measured, Measuring, Scored
-from vmm.types import SUBSETS
+from vmm.types import SUBSETS, TOLD
 
 METRICS = ("accuracy", "top5", "macro_precision", "macro_recall", "macro_f1")
 
@@ -135,7 +135,7 @@ def shown_clips(rows: dict, subset: str) -> np.ndarray:
 
 def objectives_of(rows: dict) -> set[str]:
     """Returns the names of the objectives that predicted."""
-    return {key.partition("/")[0] for key in rows if "/" in key} - {"present", "label", "encoded", "fused", "hidden"}
+    return {key.partition("/")[0] for key in rows if "/" in key} - set(TOLD)
 
 
 def heads(rows: dict, objective: str, kind: str) -> dict[str, np.ndarray]:
