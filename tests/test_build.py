@@ -118,3 +118,10 @@ def test_two_folders_may_hold_a_common(tmp_path):
 def test_plain_and_differences():
     assert plain({"a": [1, [2, 3]]}) == {"a": (1, (2, 3))}
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 3 → 2", "d: 4 → None"]
+
+
+def test_a_key_of_a_group_that_was_left_to_be_chosen(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("def get_config(variant=''):\n    return dict(mesh='auto', steps=1)\n")
+    assert load_config(str(file), ["mesh.fsdp=4"]) == {"mesh": {"fsdp": 4}, "steps": 1}
+    assert load_config(str(file))["mesh"] == "auto"

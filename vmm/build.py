@@ -150,6 +150,8 @@ def _override(config: dict, override: str) -> None:
     for depth, name in enumerate(groups):
         # A group or key that the file leaves to its defaults may be named; whether it exists is
         # for the schema to say, with the list of what does.
+        if group.get(name) == "auto":  # what was left to be chosen is now told
+            group[name] = {}
         group = group.setdefault(name, {})
         if not isinstance(group, dict):
             raise UserError(f"{override}: {'.'.join(groups[: depth + 1])} is a value ({group!r}), not a group of keys")

@@ -15,12 +15,12 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader |
 VMM_TEST_PLATFORMS=cuda "${vmm%vmm}python" -m pytest -q -p no:xdist tests/test_kernels.py -k cudnn 2>&1 | tee "$out/kernels.txt" || true
 
 whole="trunk.encoders.video.remat=False trunk.encoders.video.scan=False"
-masked="$whole objectives.pixels.remat=False objectives.pixels.scan=False mesh.fsdp=1"
+masked="$whole objectives.pixels.remat=False objectives.pixels.scan=False"
 for batch in 64 128 256; do
     "$vmm" bench step configs/pretrain_videomae.py:B $masked batch=$batch --json "$out/videomae-B-$batch.json" --trace "$out/trace-B-$batch"
     "$vmm" bench step configs/pretrain_videomae.py:L $masked batch=$batch --json "$out/videomae-L-$batch.json"
 done
-"$vmm" bench step configs/pretrain_siglip_video.py:B $whole mesh.fsdp=1 batch=64 --json "$out/siglip-B-64.json"
+"$vmm" bench step configs/pretrain_siglip_video.py:B $whole batch=64 --json "$out/siglip-B-64.json"
 for size in base large; do
     "$vmm" bench peers --device gpu --size $size --batch 64 --rounds 10 --json "$out/peers-$size.json"
 done
