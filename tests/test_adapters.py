@@ -91,15 +91,32 @@ class PairLayer(nn.Module):
 def pair(scan: bool, kind: str):
     """(boxed parameters with adapters, drawn ones, the config) of Pair."""
     adapt = ((".*/kernel", dict(kind=kind, rank=2, alpha=6.0) | (dict(target=1) if kind == "adalora" else {})),)
-    init = lambda key: {"model": Pair(scan).init(key, jnp.zeros((1, 3, 16)))["params"]}  # noqa: E731
+
+    def init(key):
+        return {"model": Pair(scan).init(key, jnp.zeros((1, 3, 16)))["params"]}
+
     boxed = jax.eval_shape(lambda key: adapters.add(init(key), adapt, key), jax.random.key(0))
     return boxed, drawn(boxed), adapt
+
+
+def weighted(adapt, other):
+    """Returns params → the sum of the merged tree, each number times that of `other`: a gradient that shows every place."""
+    return lambda params: sum(
+        (a * b).sum() for a, b in zip(jax.tree.leaves(adapters.merge(params, adapt)), jax.tree.leaves(other))
+    )
+
+
+def program_of(config: dict):
+    return Experiment(config).program(None)
 
 
 def matrices(flat: dict, name: str, scan: bool, layer: int) -> dict:
     """The kernel, as a matrix, and its adapters of one layer."""
     where = f"model/blocks/{'layers' if scan else f'layer_{layer}'}/{name}/kernel"
-    pick = lambda leaf: np.asarray(leaf[layer] if scan else leaf, np.float64)  # noqa: E731
+
+    def pick(leaf):
+        return np.asarray(leaf[layer] if scan else leaf, np.float64)
+
     rows = 16 if name == "query" else 8
     result = {"w": pick(flat[where]).reshape(rows, -1)}
     for key, leaf in flat.items():
@@ -131,10 +148,7 @@ def test_gradients_of_lora_are_those_by_hand():
     """Of Σ G ∘ W': G to the base, alpha/rank · G Bᵀ to A, alpha/rank · Aᵀ G to B, each layer by itself."""
     _, params, adapt = pair(True, "lora")
     other = drawn(jax.eval_shape(lambda p: adapters.merge(p, adapt), params), seed=1)
-    score = lambda p: sum(  # noqa: E731
-        (a * b).sum() for a, b in zip(jax.tree.leaves(adapters.merge(p, adapt)), jax.tree.leaves(other))
-    )
-    gradient = paths(jax.grad(score)(params))
+    gradient = paths(jax.grad(weighted(adapt, other))(params))
     flat, g = paths(params), paths(other)
     for name in ("query", "out"):
         for layer in range(3):
@@ -150,10 +164,7 @@ def test_dora_moves_magnitude_and_direction_apart():
     """Of Σ G ∘ W': ‖W‖ ⟨G, v⟩ to the magnitude, v the direction; to A as LoRA's with G m / ‖V‖, the norm held still."""
     _, params, adapt = pair(True, "dora")
     other = drawn(jax.eval_shape(lambda p: adapters.merge(p, adapt), params), seed=1)
-    score = lambda p: sum(  # noqa: E731
-        (a * b).sum() for a, b in zip(jax.tree.leaves(adapters.merge(p, adapt)), jax.tree.leaves(other))
-    )
-    gradient, flat, g = paths(jax.grad(score)(params)), paths(params), paths(other)
+    gradient, flat, g = paths(jax.grad(weighted(adapt, other))(params)), paths(params), paths(other)
     for name in ("query", "out"):
         m, mine = matrices(flat, name, True, 1), matrices(gradient, name, True, 1)
         by_kernel = matrices(g, name, True, 1)["w"]
@@ -241,9 +252,9 @@ def test_a_run_with_adalora_ends_at_its_budget():
     [(dict(target=13), "adalora.target: 13; 1 to rank 12"), (dict(warmup=0.8), "shares of the run, in all below 1")],
 )
 def test_bad_ranks(fields, message):
-    experiment = lambda: Experiment(tiny(adapt=((KERNELS, dict(kind="adalora", **fields)),)))  # noqa: E731
+    adapt = ((KERNELS, dict(kind="adalora", **fields)),)
     with pytest.raises(UserError, match=message):
-        experiment().program(None)
+        program_of(tiny(adapt=adapt))
 
 
 @pytest.mark.parametrize(("of", "size"), [("outputs", 6), ("inputs", 5)])
@@ -447,7 +458,10 @@ def test_merged_is_unmerged(runs):
     folder = publish(runs[1], runs[1].parent / "merged")
     model = vmm.load(folder)
     assert "adapters" not in model.params and not model.experiment.config.adapt
-    predict = lambda recipe, p: jax.jit(lambda p: recipe.apply({"params": p}, batch, method="predict"))(p)  # noqa: E731
+
+    def predict(recipe, p):
+        return jax.jit(lambda p: recipe.apply({"params": p}, batch, method="predict"))(p)
+
     ours, theirs = predict(run.experiment.recipe, params), predict(model.recipe, model.params)
     assert_trees_close(ours, theirs, 1e-6)
     base = open_run(runs[0])
@@ -588,14 +602,16 @@ def test_prefix_and_merging_do_not_go_together():
 
 def layered(scan: bool) -> dict:
     """Parameters of an encoder of 2 layers and one of 3, a fusion of 2, a head, an adapter."""
-    leaf = lambda depth: np.ones((depth, 4) if scan else 4, np.float32)  # noqa: E731
-    stack = lambda depth: {  # noqa: E731
-        "layers": {"block": {"kernel": leaf(depth)}}
-    } if scan else {f"layer_{i}": {"block": {"kernel": leaf(0)}} for i in range(depth)}  # fmt: skip
-    encoder = lambda depth: {  # noqa: E731
-        "embed": {"kernel": np.ones(4, np.float32)},
-        "stack": {"blocks": stack(depth), "norm": {"scale": np.ones(4, np.float32)}},
-    }
+
+    def stack(depth):
+        if scan:
+            return {"layers": {"block": {"kernel": np.ones((depth, 4), np.float32)}}}
+        return {f"layer_{i}": {"block": {"kernel": np.ones(4, np.float32)}} for i in range(depth)}
+
+    def encoder(depth):
+        blocks = {"blocks": stack(depth), "norm": {"scale": np.ones(4, np.float32)}}
+        return {"embed": {"kernel": np.ones(4, np.float32)}, "stack": blocks}
+
     model = {
         "encoder_video": encoder(2),
         "encoder_text": encoder(3),
@@ -644,8 +660,8 @@ def test_rates_of_an_encoder_alone_are_those_of_mae():
 
 def test_stretches_of_layers_follow_one_another():
     """Scanned runs, and layers over time behind those over space: run_0 of 2, run_1 of 1, temporal of 1."""
-    one = lambda depth: {"layers": {"block": {"kernel": np.ones((depth, 4))}}}  # noqa: E731
-    stack = {"blocks": {"run_0": one(2), "run_1": one(1)}, "temporal": one(1)}
+    one, two = ({"layers": {"block": {"kernel": np.ones((depth, 4))}}} for depth in (1, 2))
+    stack = {"blocks": {"run_0": two, "run_1": one}, "temporal": one}
     rates = paths(layer_rates(0.5, {"model": {"encoder_video": {"stack": stack}}}))
     assert [np.ravel(rate).tolist() for rate in rates.values()] == [[1 / 16, 1 / 8], [1 / 4], [1 / 2]]
 

@@ -12,8 +12,9 @@ from vmm.evals.calibration import softmax
 from vmm.evals.classification import Classification, accuracy, confusion, hits, macro, per_class, votes
 from vmm.evals.probe import Probe
 from vmm.evals.retrieval import Retrieval, ranks, recall, table
+from vmm.evals.tables import grid
 from vmm.evals.tagging import Tagging, average_precision, curves, roc_area
-from vmm.evaluate import Predict, grid
+from vmm.evaluate import Predict
 from vmm.experiment import Experiment
 from vmm.sharding import MeshShape, make_mesh
 

@@ -60,9 +60,10 @@ def test_splash_attention_is_attention(arrays, expected):
 
 def test_keys_moved_to_the_front_change_nothing(arrays, expected):
     """What cuDNN is given, computed by XLA: valid keys first, and their number."""
-    function = lambda q, k, v, valid: (  # noqa: E731
-        kernels._cudnn(q, k, v, valid, "xla") * valid.any(-1)[:, None, None, None]
-    )
+
+    def function(q, k, v, valid):
+        return kernels._cudnn(q, k, v, valid, "xla") * valid.any(-1)[:, None, None, None]
+
     same(value_and_gradients(function, arrays), expected)
     q, k, v, _, weight = arrays
     prefix = jnp.arange(KEYS)[None] < jnp.asarray([300, 7, 1, 0])[:, None]

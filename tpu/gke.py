@@ -13,7 +13,7 @@ from pathlib import Path
 
 from job import DONE, FINAL, add_job_flags, check_name, read_job
 from jobset import CONTAINER, SLICES, build, yaml
-from shell import CommandError, LaunchError, Parser, Patience, Shell, add_watch_flags, main
+from shell import CommandError, LaunchError, Parser, Patience, Shell, add_log_flags, add_watch_flags, main
 from slices import find_slice
 
 ACTIONS = {
@@ -235,10 +235,7 @@ def parser() -> Parser:
     cluster.add_argument("--project", default="", help="create, delete --pools: default: that of gcloud")
     add_watch_flags(words)
     words.add_argument("--pools", action="store_true", help="delete: the node pools of `create` too")
-    words.add_argument("--slice", type=int, default=0, help="logs: of this slice (0)")
-    words.add_argument("--host", type=int, default=0, help="logs: of this host of it (0)")
-    words.add_argument("--lines", type=int, default=100, help="logs: so many (100)")
-    words.add_argument("--follow", action="store_true", help="logs: and what comes")
+    add_log_flags(words)
     return words
 
 

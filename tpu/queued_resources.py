@@ -16,7 +16,7 @@ from pathlib import Path
 
 import remote
 from job import DONE, FINAL, add_job_flags, check_name, read_job
-from shell import CommandError, LaunchError, Parser, Patience, Shell, add_watch_flags, main
+from shell import CommandError, LaunchError, Parser, Patience, Shell, add_log_flags, add_watch_flags, main
 from slices import find_slice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,10 +315,7 @@ def parser() -> Parser:
     add_watch_flags(words)
     words.add_argument("--then-delete", action="store_true", help="watch: give the slices back when training ends")
     words.add_argument("--now", action="store_true", help="delete: do not wait for a save")
-    words.add_argument("--slice", type=int, default=0, help="logs: of this slice (0)")
-    words.add_argument("--host", type=int, default=0, help="logs: of this host of it (0)")
-    words.add_argument("--lines", type=int, default=100, help="logs: so many (100)")
-    words.add_argument("--follow", action="store_true", help="logs: and what comes")
+    add_log_flags(words)
     return words
 
 

@@ -137,6 +137,14 @@ def add_watch_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steady", type=float, default=900, metavar="SECONDS", help="running so long is progress (900)")
 
 
+def add_log_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `logs` where a job has slices: whose, and how much of them."""
+    parser.add_argument("--slice", type=int, default=0, help="logs: of this slice (0)")
+    parser.add_argument("--host", type=int, default=0, help="logs: of this host of it (0)")
+    parser.add_argument("--lines", type=int, default=100, help="logs: so many (100)")
+    parser.add_argument("--follow", action="store_true", help="logs: and what comes")
+
+
 def main(run, parser: Parser) -> int:
     """Reads the words, runs the action and returns the exit code; errors become one line."""
     args = parser.parse_intermixed_args()

@@ -11,6 +11,7 @@ before that, and one adapter a layer.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -24,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vmm.build import build
 from vmm.errors import UserError
+from vmm.rules import first_matches
 from vmm.sharding import Named
 
 KEY = "adapters"  # of the parameter tree
@@ -57,7 +59,7 @@ def _normal(key, shape: tuple, names: tuple, deviation: float) -> Named:
 
 def _product(one, two, batch: int):
     """[l… in… r] × [l… r out…] → [l… in… out…], each layer by itself; no axis is joined to another."""
-    function = lambda one, two: jnp.tensordot(one, two, 1)  # noqa: E731
+    function = functools.partial(jnp.tensordot, axes=1)
     for _ in range(batch):
         function = jax.vmap(function)
     return function(one, two)
@@ -114,7 +116,10 @@ class Dora(Lora):
         """Returns the effective parameter."""
         value = super().apply(base, own, batch)
         inputs = tuple(range(batch, batch + own["a"].ndim - batch - 1))
-        norm = lambda x: jnp.sqrt(jnp.square(x).sum(inputs, keepdims=True))  # noqa: E731
+
+        def norm(x):
+            return jnp.sqrt(jnp.square(x).sum(inputs, keepdims=True))
+
         # Exactly one where nothing is changed yet: the base is then the base to the bit.
         ratio = jax.lax.stop_gradient(norm(base) / jnp.maximum(norm(value), 1e-12))
         return value * (ratio * jnp.expand_dims(own["magnitude"], inputs))
@@ -207,20 +212,16 @@ ADAPTERS = {"adalora": AdaLora, "dora": Dora, "lora": Lora, "scale": Scale}
 
 
 def check(adapt) -> tuple:
-    """Returns (pattern, adapter) pairs of a config's `adapt`.
+    """Returns (regex, adapter) pairs of a config's `adapt`.
 
     Raises:
-      UserError: no pairs, a bad regex, an unknown kind or field.
+      UserError: no pairs, an unknown kind or field.
     """
     pairs = []
     for i, pair in enumerate(adapt):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise UserError(f'adapt: ordered pairs (regex, {{"kind": …}}) over parameter paths, got {pair!r}')
-        try:
-            pattern = re.compile(pair[0])
-        except re.error as error:
-            raise UserError(f"adapt: {pair[0]!r} is no regular expression ({error})") from None
-        pairs.append((pattern, build(ADAPTERS, pair[1], f"adapt[{i}]")))
+        pairs.append((pair[0], build(ADAPTERS, pair[1], f"adapt[{i}]")))
     return tuple(pairs)
 
 
@@ -250,27 +251,18 @@ def add(params, adapt, key):
       params: boxed tree, as Linen's init gives. adapt: of the config. key: each adapter's own is made of it and its path.
 
     Raises:
-      UserError: as `check`; a pair that matches no parameter; a parameter that its adapter cannot change.
+      UserError: as `check` and rules.first_matches; a parameter that its adapter cannot change.
     """
     pairs = check(adapt)
     if not pairs:
         return params
     flat = flatten_dict(params)
-    used, own = [False] * len(pairs), {}
-    for path, leaf in flat.items():
-        first = None
-        for i, (pattern, adapter) in enumerate(pairs):
-            if pattern.fullmatch("/".join(path)):
-                used[i] = True
-                first = adapter if first is None else first
-        if first is not None:
-            place = _place(path, leaf, flat)
-            mine = jax.random.fold_in(key, zlib.crc32(place.path.encode()))
-            own |= {(*path, name): value for name, value in first.init(mine, place).items()}
-    for (pattern, _), matched in zip(pairs, used):
-        if not matched:
-            some = ["/".join(path) for path in flat if path[-1] == "kernel"][:3]
-            raise UserError(f"adapt: {pattern.pattern!r} matches no parameter; paths look like {', '.join(some)}")
+    paths = {"/".join(path): path for path in flat}
+    own, kernels = {}, [name for name, path in paths.items() if path[-1] == "kernel"]
+    for name, adapter in first_matches(pairs, paths, "adapt", kernels[:3]).items():
+        path, mine = paths[name], jax.random.fold_in(key, zlib.crc32(name.encode()))
+        made = adapter.init(mine, _place(path, flat[path], flat))
+        own |= {(*path, part): value for part, value in made.items()}
     return {**params, KEY: unflatten_dict(own)}
 
 
@@ -281,7 +273,7 @@ def adapters_of(params, adapt) -> dict:
         groups.setdefault(path[:-1], {})[path[-1]] = value
     result = {}
     for path, own in groups.items():
-        adapter = next((adapter for pattern, adapter in pairs if pattern.fullmatch("/".join(path))), None)
+        adapter = next((adapter for pattern, adapter in pairs if re.fullmatch(pattern, "/".join(path))), None)
         assert adapter is not None, f"no adapter of {path} in the config"
         result[path] = (adapter, own)
     return result

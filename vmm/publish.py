@@ -17,7 +17,7 @@ from vmm.build import digest, write_text
 from vmm.data import media, text
 from vmm.data.loader import train_digests
 from vmm.errors import StorageError, UserError
-from vmm.evaluate import grid, show
+from vmm.evals.tables import grid, show
 from vmm.experiment import Experiment, numbers
 from vmm.model import Recipe
 from vmm.run import Run, commit, open_run, weights

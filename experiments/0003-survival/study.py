@@ -8,6 +8,7 @@ for many events; when it ends, its metrics are compared with the straight run's,
 
 import argparse
 import collections
+import functools
 import json
 import os
 import random
@@ -195,7 +196,7 @@ def full_disk(folder: Path) -> None:
     process.kill()
     process.wait()
     before = newest(workdir)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
     code = start(folder, workdir, preexec_fn=limit).wait()
     said = (folder / "last.log").read_text().strip().splitlines()[-1]
     reached = last_step(workdir)

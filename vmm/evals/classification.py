@@ -1,7 +1,7 @@
 """Accuracy and per-class scores of a classify objective's own heads, per modality subset."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,6 +148,18 @@ def heads(rows: dict, objective: str, kind: str) -> dict[str, np.ndarray]:
     return {key.partition("/")[2]: value for key, value in rows.items() if key.partition("/")[0] == objective}
 
 
+def every_head(predict: Callable, evaluator, kind: str) -> Iterator[tuple]:
+    """Yields (rows, subset, label, logits [n Y], shown bool [n]) for every subset and label of an evaluator.
+
+    evaluator: its data, objective and subsets; kind: its own, for error lines. Subsets that the model lacks are left out.
+    """
+    for subset in evaluator.subsets:
+        rows = predict(evaluator.data, subset)
+        if rows is not None:
+            for label, logits in heads(rows, evaluator.objective, kind).items():
+                yield rows, subset, label, logits, shown_clips(rows, subset)
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification(Measuring):
     """Scores per label and per subset of the streams shown, of clips that have any of them.
@@ -171,20 +183,13 @@ class Classification(Measuring):
     def measure(self, predict: Callable, prepared: Any) -> Measured:
         """Returns the scores under "subset/label"."""
         scored = []
-        for subset in self.subsets:
-            rows = predict(self.data, subset)
-            if rows is None:
-                continue
-            shown = shown_clips(rows, subset)
-            for label, logits in heads(rows, self.objective, "classification").items():
-                labels = label_of(rows, label, self.data, f"objectives.{self.objective}.labels.{label}")
-                check_labels(labels, logits.shape[1], f"dataset {self.data}, labels.{label}")
-                self._check_absent(labels, logits.shape[1], label)
-                use = shown & (labels >= 0)
-                said = Classes(label, logits[use], labels[use])
-                scored.append(
-                    score_classes(f"{subset}/{label}", self.data, subset, rows["row"][use], said, self.metrics)
-                )
+        for rows, subset, label, logits, shown in every_head(predict, self, "classification"):
+            labels = label_of(rows, label, self.data, f"objectives.{self.objective}.labels.{label}")
+            check_labels(labels, logits.shape[1], f"dataset {self.data}, labels.{label}")
+            self._check_absent(labels, logits.shape[1], label)
+            use = shown & (labels >= 0)
+            said = Classes(label, logits[use], labels[use])
+            scored.append(score_classes(f"{subset}/{label}", self.data, subset, rows["row"][use], said, self.metrics))
         return Measured(scored, {})
 
     def _check_absent(self, labels: np.ndarray, classes: int, label: str) -> None:

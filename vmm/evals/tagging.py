@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from vmm.errors import UserError
-from vmm.evals.classification import check_labels, heads, label_of, shown_clips
+from vmm.evals.classification import check_labels, every_head, label_of
 from vmm.evals.scored import Measured, Measuring, Scored
 from vmm.types import SUBSETS
 
@@ -104,15 +104,7 @@ class Tagging(Measuring):
 
     def measure(self, predict: Callable, prepared: Any) -> Measured:
         """Returns "subset/label/mAP", "…/ROC_area"."""
-        scored = []
-        for subset in self.subsets:
-            rows = predict(self.data, subset)
-            if rows is None:
-                continue
-            shown = shown_clips(rows, subset)
-            for label, logits in heads(rows, self.objective, "tagging").items():
-                scored.append(self._label(rows, subset, label, logits, shown))
-        return Measured(scored, {})
+        return Measured([self._label(*given) for given in every_head(predict, self, "tagging")], {})
 
     def _label(self, rows: dict, subset: str, label: str, logits: np.ndarray, shown: np.ndarray) -> Scored:
         labels = label_of(rows, label, self.data, f"objectives.{self.objective}.labels.{label}")

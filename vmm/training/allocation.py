@@ -74,8 +74,8 @@ def allocating(optimizer: optax.GradientTransformation, adapt, params, steps: in
     target = sum(size // own[names[name]].rank * own[names[name]].target for name, size in sizes.items())
 
     def init(params) -> Allocation:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, pick(params))  # noqa: E731
-        return Allocation(optimizer.init(params), jnp.zeros((), jnp.int32), zeros(), zeros())
+        mean, doubt = (jax.tree.map(jnp.zeros_like, pick(params)) for _ in range(2))
+        return Allocation(optimizer.init(params), jnp.zeros((), jnp.int32), mean, doubt)
 
     def update(gradient, state: Allocation, params):
         updates, inner = optimizer.update(gradient, state.inner, params)

@@ -1,7 +1,6 @@
 """AdamW or Adafactor with warm-up and cosine, clipping, and ordered (regex, value) rules over parameter paths."""
 
 import dataclasses
-import re
 
 import flax.linen as nn
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 
 from vmm.errors import UserError, one_of
+from vmm.rules import first_matches
 from vmm.training.depth import layer_rates
 
 Rules = tuple[tuple[str, float], ...]
@@ -65,29 +65,9 @@ def match(rules: Rules, params, where: str):
     Raises:
       UserError: a parameter that no rule matches, a rule that matches no parameter, a bad regex.
     """
-    try:
-        patterns = [(re.compile(pattern), value) for pattern, value in rules]
-    except re.error as error:
-        raise UserError(f"{where}: {error.pattern!r} is no regular expression ({error})") from None
-    matched = [False] * len(patterns)
-
-    def value_of(keys, _):
-        path = path_of(keys)
-        first = None
-        for i, (pattern, value) in enumerate(patterns):
-            if pattern.fullmatch(path):
-                matched[i] = True
-                first = value if first is None else first
-        if first is None:
-            raise UserError(f'{where}: no rule matches the parameter {path}; end the list with (".*", value)')
-        return first
-
-    values = jax.tree_util.tree_map_with_path(value_of, params)
-    for (pattern, _), used in zip(rules, matched):
-        if not used:
-            some = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)][:3]
-            raise UserError(f"{where}: {pattern!r} matches no parameter; paths look like {', '.join(some)}")
-    return values
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = first_matches(rules, paths, where, paths[:3], whole=True)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: found[path_of(keys)], params)
 
 
 def schedule(optim: Optim, steps: int) -> optax.Schedule:
