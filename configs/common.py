@@ -25,6 +25,31 @@ def world_data(root: str = "data/world", **changes) -> dict:
     return data | changes
 
 
+def scenes_data(root: str = "data/scenes", **changes) -> dict:
+    """Returns the data group for the scenes in `root`: 8 s clips, 32 frames of 48 × 48."""
+    data = dict(
+        train=f"{root}/train.jsonl",
+        tokenizer=f"{root}/tokenizer.json",
+        clip=dict(seconds=8.0, frames=32, size=48, sample_rate=16000, text_length=24),
+        workers=1,
+        cache=1_000_000_000,
+    )
+    return data | changes
+
+
+def scenes_trunk(small: bool) -> dict:
+    """Returns a trunk for scenes: four moments a second, nine places of the picture, and the sound."""
+    width, depth, heads = (32, 1, 2) if small else (96, 2, 4)
+    encoder = dict(width=width, depth=depth, heads=heads)
+    return dict(
+        encoders=dict(
+            video=dict(kind="video", tubelet=(2, 16, 16), **encoder),
+            audio=dict(kind="audio", bins=64, patch=(16, 64), **encoder),
+        ),
+        fusion=dict(kind="joint", width=width, depth=1, heads=heads),
+    )
+
+
 def world_evals(root: str = "data/world") -> dict:
     """Returns the evals group: retrieval and linear probes on the world's test split."""
     return dict(

@@ -19,6 +19,7 @@ from vmm import adapters, layers, losses
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.publish import publish
+from vmm.publishing.check import check
 from vmm.run import open_run, weights
 from vmm.sharding import MeshShape, make_mesh, to_device
 from vmm.train import train
@@ -472,7 +473,7 @@ def test_merged_is_unmerged(runs):
 def test_adapters_alone_are_small_and_come_back_over_their_base(runs):
     folder = publish(runs[1], runs[1].parent / "alone", adapters=True)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "adapters.safetensors", "config.json", "tokenizer.json"
+        "README.md", "adapters.safetensors", "config.json", "example.mp4", "example.safetensors", "tokenizer.json"
     ]  # fmt: skip
     names = set(load_tensors(folder / "adapters.safetensors"))
     assert names == {
@@ -484,6 +485,7 @@ def test_adapters_alone_are_small_and_come_back_over_their_base(runs):
     assert_trees_equal(vmm.load(folder).params, whole.params)  # over what the config names
     copy = publish(runs[0], runs[0].parent / "copy")  # the same base elsewhere
     assert_trees_equal(vmm.load(folder, base=str(copy)).params, whole.params)
+    assert max(check(folder, base=str(copy)).values()) < 1e-5  # in a clean process
 
 
 def test_adapters_of_another_base_are_one_line(runs):

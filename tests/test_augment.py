@@ -9,7 +9,8 @@ import pytest
 from conftest import small_config
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vmm.augment import MixUp, SpecAugment, augment, colour_factors, draw, jitter_colour, mix, spec_augment
+from vmm.augment import CutMix, MixUp, SpecAugment, augment, colour_factors, cut, draw, jitter_colour, mix, spec_augment
+from vmm.data.samples import Augment, _withhold
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.model import sample_keys
@@ -258,6 +259,114 @@ def test_classify_weighs_each_source_by_its_share():
     assert 4 <= float(got["weight"].sum()) < SIZE
 
 
+@pytest.mark.parametrize("time", [False, True])
+def test_cutmix_puts_a_box_of_the_partner(time):
+    """Every pixel is the own or the partner's; the partner's are one box, and their share is the label's."""
+    count, shape = 400, (4, 8, 10)
+    own = np.zeros((count, *shape, 3), np.uint8) + (np.arange(count) % 2)[:, None, None, None, None].astype(np.uint8)
+    there = jnp.ones(count, bool)
+    batch = make_batch()._replace(
+        inputs={"video": jnp.asarray(own), "audio": jnp.ones((count, 3))},
+        present={"video": there, "audio": there},
+        labels={"kind": jnp.arange(count, dtype=jnp.int32)},
+        index=jnp.arange(count),
+    )
+    got = jax.jit(lambda batch, keys: cut(batch, keys, CutMix(alpha=1.0, time=time)))(batch, keys(3, range(count)))
+    assert np.array_equal(got.inputs["audio"], batch.inputs["audio"])
+    assert np.asarray(got.mixed.labels["kind"])[:, 0].tolist() == list(range(count))[::-1]
+    taken = np.asarray(got.inputs["video"]) != own  # an even clip's partner is odd
+    assert (taken == taken[..., :1]).all()
+    taken, shares = taken[..., 0], np.asarray(got.mixed.share)[:, 0]
+    assert shares == pytest.approx(taken.mean((1, 2, 3)), abs=1e-7)
+    if not time:
+        assert (taken == taken[:, :1]).all()
+    for sample in taken:
+        box = np.argwhere(sample)
+        if len(box):
+            low, high = box.min(0), box.max(0) + 1
+            assert sample[tuple(map(slice, low, high))].all() and np.prod(high - low) == len(box)
+    # Unclipped shares are uniform for alpha = 1: boxes of all sizes, smaller by what the edges cut off.
+    assert shares.min() < 0.02 and shares.max() > 0.6 and 0.2 < shares.mean() < 0.45
+    if time:
+        assert 0.02 < (taken.any((2, 3)).all(1)).mean() < 0.9  # some boxes last, others do not
+
+
+def test_cutmix_leaves_those_without_video():
+    batch = make_batch(present={"video": jnp.arange(SIZE) != 1})
+    got, full = (cut(b, keys(2), CutMix()) for b in (batch, make_batch()))
+    alone = np.isin(np.arange(SIZE), [1, SIZE - 2])
+    assert (np.asarray(got.mixed.share)[alone] == 0).all()
+    assert np.array_equal(got.inputs["video"][alone], batch.inputs["video"][alone])
+    assert np.array_equal(got.inputs["video"][~alone], full.inputs["video"][~alone])
+
+
+def test_with_both_each_sample_has_one_of_them():
+    count = 600
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * (count // SIZE)), make_batch())
+    batch = batch._replace(index=jnp.arange(count))
+    many, mixup, cutmix = keys(5, range(count)), MixUp(alpha=1.0), CutMix(alpha=1.0)
+    got = augment(batch, many, 0.0, 0.0, mixup, cutmix)
+    mixed, boxed = mix(batch, many, mixup), cut(batch, many, cutmix)
+    share = np.asarray(got.mixed.share)
+    assert share.shape == (count, 3) and (share.sum(1) <= 1).all()
+    first = share[:, :2].any(1)
+    assert first.mean() == pytest.approx(0.5, abs=0.08)
+    assert not (first & (share[:, 2] > 0)).any()
+    for name in ("video", "audio"):
+        want = np.where(
+            first.reshape(-1, *(1,) * (batch.inputs[name].ndim - 1)), mixed.inputs[name], boxed.inputs[name]
+        )
+        assert np.array_equal(got.inputs[name], want)
+    assert np.array_equal(share[first, :2], mixed.mixed.share[first])
+    assert np.array_equal(share[~first, 2:], boxed.mixed.share[~first])
+    # Which one is the sample's own matter.
+    again = augment(jax.tree.map(lambda x: x[::-1], batch), many[::-1], 0.0, 0.0, mixup, cutmix)
+    assert np.array_equal(np.asarray(again.mixed.share)[::-1, :2].any(1), first)
+
+
+def test_streams_are_withheld_at_their_own_rates():
+    """And never the last one: of a clip with sound alone, the sound stays."""
+    rng, count = np.random.default_rng(0), 4000
+    there = dict(video=True, audio=True, text=True)
+    drawn = [_withhold(there, dict(video=0.1, audio=0.5), rng) for _ in range(count)]
+    rates = {name: 1 - np.mean([keep[name] for keep in drawn]) for name in there}
+    assert rates == pytest.approx(dict(video=0.1, audio=0.5, text=0.0), abs=4 * 0.5 / count**0.5)
+    assert all(_withhold(dict(video=False, audio=True), dict(audio=1.0), rng)["audio"] for _ in range(20))
+    pairs = [_withhold(dict(video=True, audio=True), dict(video=0.5, audio=0.8), rng) for _ in range(count)]
+    assert all(any(keep.values()) for keep in pairs)
+    # Both would go with 0.4; then one, evenly drawn, stays.
+    alone = np.mean([keep["audio"] and not keep["video"] for keep in pairs])
+    assert alone == pytest.approx(0.5 * 0.2 + 0.4 / 2, abs=0.03)
+    # One number for all draws as it always did.
+    one, two = (np.random.default_rng(1) for _ in range(2))
+    assert [_withhold(there, 0.3, one) for _ in range(50)] == [
+        _withhold(there, dict.fromkeys(there, 0.3), two) for _ in range(50)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"), [(dict(sound=0.1), "drop.sound"), (dict(audio=2), "probability"), (-1, "probability")]
+)
+def test_wrong_rates_are_errors(drop, words):
+    with pytest.raises(UserError, match=words):
+        Augment(drop=drop)
+
+
+@pytest.mark.parametrize(
+    ("cutmix", "words"),
+    [(dict(), None), (dict(alpha=1.0), "contrast"), (dict(alpha=0.0), "alpha"), (dict(beta=1), "beta")],
+)
+def test_cutmix_where_it_cannot_be(world_folder, cutmix, words):
+    config = small_config(world_folder)
+    config["data"]["augment"] = dict(cutmix=cutmix)
+    if words is None:
+        assert Experiment(config).cutmix is None
+        return
+    with pytest.raises(UserError, match=r"data\.augment\.cutmix") as error:
+        Experiment(config)
+    assert words in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("mixup", "words"),
     [
@@ -285,7 +394,14 @@ def test_a_run_trains_with_everything_on(world_folder, tmp_path):
     config["data"] |= {
         "labels": {"shape": 6, "pitch": 8},
         "augment": dict(
-            area=(0.4, 1.0), flip=True, colour=0.5, gain=6.0, spectrogram=dict(time_width=20), mixup=dict(alpha=0.4)
+            area=(0.4, 1.0),
+            flip=True,
+            colour=0.5,
+            gain=6.0,
+            spectrogram=dict(time_width=20),
+            mixup=dict(alpha=0.4),
+            cutmix=dict(alpha=1.0),
+            drop=dict(audio=0.3),
         ),
     }
     config["optim"] |= {"accumulate": 2, "warmup": 1}

@@ -14,6 +14,10 @@ FOLDER = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
 # What is not the full recipe and its small version.
 VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "world_latent.py": ("", "small", "random")}
+VARIANTS["finetune_identity.py"] = ("", "scratch", "small")
+VARIANTS["finetune_caption.py"] = ("", "scratch", "subtitles", "small")
+VARIANTS["finetune_answer.py"] = ("", "choices", "dialogue", "scratch", "small")
+VARIANTS["world_frames.py"] = ("", "future", "denoise", "adversary", "small")
 VARIANTS["finetune_classify.py"] = ("", "probe", "lora", "layer_decay", "scratch", "small")
 
 

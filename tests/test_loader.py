@@ -527,7 +527,7 @@ def test_evaluation_shows_each_row_once(tones, tmp_path, batch, hosts):
         for host in range(hosts):
             got = list(evaluation_batches(manifest, tone_data(tones), CLIP, batch=batch, host=host, hosts=hosts))
             lengths.add(len(got))
-            for one, numbers in got:
+            for one, numbers, _ in got:
                 assert len(numbers) == len(one.valid) == batch // hosts
                 assert np.array_equal(one.labels["number"][one.valid], numbers[one.valid])
                 assert (one.labels["number"][~one.valid] == -1).all()
@@ -548,18 +548,18 @@ def test_evaluation_never_leaves_a_row_out_when_hosts_do_not_divide_the_batch(to
         ]
     except UserError:
         return
-    assert sorted(int(n) for part in parts for one, rows in part for n in rows[one.valid]) == list(range(COUNT))
+    assert sorted(int(n) for part in parts for one, rows, _ in part for n in rows[one.valid]) == list(range(COUNT))
 
 
 def test_evaluation_leaves_out_what_cannot_be_decoded(broken):
     got = list(evaluation_batches(broken / "all.jsonl", tone_data(broken), CLIP, batch=4))
-    shown = [int(n) for one, rows in got for n in rows[one.valid]]
+    shown = [int(n) for one, rows, _ in got for n in rows[one.valid]]
     assert shown == [n for n in range(COUNT) if n not in (2, 7, 11)]
 
 
 def test_evaluation_is_without_randomness(world_folder):
     data = world_data(world_folder, augment=dict(area=(0.5, 1.0), flip=True, drop=0.9))
-    one, two = ([batch for batch, _ in evaluation_batches(data.train, data, WORLD_CLIP, batch=16)] for _ in range(2))
+    one, two = ([batch for batch, *_ in evaluation_batches(data.train, data, WORLD_CLIP, batch=16)] for _ in range(2))
     assert_same(one, two)
     assert np.array_equal(
         one[0].inputs["video"][0], Samples(read_manifest(data.train), data, WORLD_CLIP, PLAIN, 5)(0, 4, 0)["video"]

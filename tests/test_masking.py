@@ -18,6 +18,7 @@ COUNT = math.prod(GRID)
 RATIOS = ("0.25", "0.5", "0.75", "0.9")
 SAMPLES = 6
 TUBES = ("tube", "multiblock")  # alike in every step of a video
+WHOLE = (*TUBES, "frames")  # shapes of whole clips, which are there or not
 
 
 def keys(seed: int = 0, samples: int = SAMPLES):
@@ -28,7 +29,7 @@ def validity(kind: str) -> np.ndarray:
     """Rows of tokens: whole, absent and (where a mask promises something) padded at the end or anywhere."""
     valid = np.ones((SAMPLES, COUNT), bool)
     valid[1] = False
-    if kind not in TUBES:  # a tube is a shape of whole clips, which are there or not
+    if kind not in WHOLE:
         valid[2, COUNT // 2 :] = False
         valid[3, 5:] = False
         valid[4, np.random.default_rng(0).permutation(COUNT)[:20]] = False
@@ -43,7 +44,10 @@ def hidden_of(mask, valid: np.ndarray) -> np.ndarray:
 
 
 def expected(kind: str, ratio: str, valid: np.ndarray) -> np.ndarray:
-    """⌊ratio · valid tokens⌋ exactly; of a tube, ⌊ratio · places⌋ in every step."""
+    """⌊ratio · valid tokens⌋ exactly; of a tube, ⌊ratio · places⌋ in every step; of frames, ⌊ratio · steps⌋ of them."""
+    if kind == "frames":
+        area = COUNT // GRID[0]
+        return np.array([math.floor(Fraction(ratio) * (row.sum() // area)) * area for row in valid])
     if kind in TUBES:
         steps = GRID[0]
         return np.array([math.floor(Fraction(ratio) * (row.sum() // steps)) * steps for row in valid])
@@ -80,7 +84,7 @@ def test_padding_is_not_hidden_in_place_of_tokens(kind: str):
 @pytest.mark.parametrize("kind", MASKS)
 def test_counts_are_exact_in_decimals(kind: str):
     """0.29 · 100 is 28.999… in binary: neither the static nor the drawn count may lose a token by it."""
-    grid = (2, 10, 10) if kind in TUBES else (10, 10)
+    grid = (2, 10, 10) if kind in TUBES else (100, 2) if kind == "frames" else (10, 10)
     count = math.prod(grid)
     mask = masking.sample(kind, keys(samples=2), jnp.ones((2, count), bool), grid, 0.29)
     assert mask.hidden.shape[1] == 29 * count // 100
@@ -103,7 +107,8 @@ def test_keys_differ_and_cover(kind: str):
     valid = np.ones((samples, COUNT), bool)
     mask = masking.sample(kind, keys(1, samples), jnp.asarray(valid), GRID, 0.5)
     hidden = hidden_of(mask, valid)
-    assert len({row.tobytes() for row in hidden}) > 10
+    # Two of four frames are hidden in six ways.
+    assert len({row.tobytes() for row in hidden}) > (5 if kind == "frames" else 10)
     share = hidden.mean(0)
     # Every place is at times hidden and at times shown.
     assert share.min() > 0.02
@@ -214,3 +219,26 @@ def test_wrong_fields_of_a_mask_are_errors():
     for fields in (dict(blocks=0), dict(scale=1.5), dict(aspect=(2.0, 1.0))):
         with pytest.raises(UserError, match="a multiblock mask has blocks"):
             masking.sample("multiblock", keys(), valid, GRID, 0.5, fields)
+
+
+def test_frames_are_hidden_whole_and_those_that_are_named():
+    valid = np.ones((SAMPLES, COUNT), bool)
+    valid[1] = False
+    drawn = hidden_of(masking.sample("frames", keys(), jnp.asarray(valid), GRID, 0.5), valid).reshape(SAMPLES, 4, 12)
+    assert (drawn.all(2) == drawn.any(2)).all()
+    for hide, truth in (((1, 3), (1, 3)), ((-2, -1), (2, 3)), ((0, -2), (0, 2))):
+        mask = masking.sample("frames", keys(), jnp.asarray(valid), GRID, 0.5, dict(hide=hide))
+        named = hidden_of(mask, valid).reshape(SAMPLES, 4, 12)
+        expected = np.zeros((4, 12), bool)
+        expected[list(truth)] = True
+        np.testing.assert_array_equal(np.delete(named, 1, 0), np.broadcast_to(expected, (SAMPLES - 1, 4, 12)))
+        assert not named[1].any()
+    # Of a third axis as of two: sound and text have frames and tokens.
+    mask = masking.sample("frames", keys(), jnp.ones((SAMPLES, 6), bool), (6,), 0.5, dict(hide=(0, 2, 4)))
+    np.testing.assert_array_equal(mask.hidden, np.tile([0, 2, 4], (SAMPLES, 1)))
+
+
+@pytest.mark.parametrize("hide", [(1,), (1, 1), (1, -3), (1, 4), (-5, 0)], ids=str)
+def test_frames_that_are_not_as_many_as_the_ratio_says_are_an_error(hide: tuple):
+    with pytest.raises(UserError, match="must be different ones in 0 … 3 and, of ratio 0.5, 2"):
+        masking.sample("frames", keys(), jnp.ones((SAMPLES, COUNT), bool), GRID, 0.5, dict(hide=hide))

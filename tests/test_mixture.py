@@ -11,7 +11,7 @@ from test_loader import CLIP, PLAIN, RANDOM, assert_same, batches, heard, order,
 
 from vmm.data import text
 from vmm.data.loader import Loader, evaluation_batches, train_digests
-from vmm.data.manifest import read_manifest
+from vmm.data.manifest import Row, read_manifest
 from vmm.data.samples import Clip, Data, EvaluationViews, Samples
 from vmm.errors import UserError
 from vmm.evaluate import mean_of_views
@@ -183,11 +183,28 @@ def test_a_run_trains_in_buckets_and_compiles_once_for_each(world_folder, tmp_pa
 
 
 def test_views_lie_evenly():
-    assert EvaluationViews().place(0) == (0.5, 0.5)
-    places = [EvaluationViews(clips=2, crops=3).place(view) for view in range(6)]
+    row = Row("a", "a.mp4", 1.0, 11.0, (), {})
+    assert EvaluationViews().places(row, 2.0) == [(0.5, 0.5)]
+    places = EvaluationViews(clips=2, crops=3).places(row, 2.0)
     assert places == [(0.25, 0.0), (0.25, 0.5), (0.25, 1.0), (0.75, 0.0), (0.75, 0.5), (0.75, 1.0)]
     with pytest.raises(UserError, match=r"data\.evaluation"):
         EvaluationViews(clips=0)
+
+
+def test_windows_overlap_as_far_as_a_long_clip_goes():
+    views = EvaluationViews(stride=3.0)
+
+    def starts(end: float) -> list[float]:
+        places = views.places(Row("a", "a.mp4", 1.0, end, (), {}), 4.0)
+        return [1.0 + window * max(0.0, end - 1.0 - 4.0) for window, _ in places]
+
+    assert starts(3.0) == [1.0]  # shorter than a window
+    assert starts(11.0) == pytest.approx([1.0, 4.0, 7.0])
+    assert starts(12.0) == pytest.approx([1.0, 4.0, 7.0, 8.0])  # the last one at the end
+    with pytest.raises(UserError, match=r"stride.*a\.mp4 does not tell how long"):
+        views.places(Row("a", "a.mp4", None, None, (), {}), 4.0)
+    with pytest.raises(UserError, match="in place of clips"):
+        EvaluationViews(clips=2, stride=1.0)
 
 
 def test_evaluation_goes_through_every_view_of_every_clip(folder):
@@ -195,9 +212,9 @@ def test_evaluation_goes_through_every_view_of_every_clip(folder):
     clip = Clip(seconds=0.02, frames=1, size=8, text_length=8)
     views = EvaluationViews(clips=3, crops=2)
     pieces = list(evaluation_batches(folder / "high.jsonl", data, clip, batch=10, views=views))
-    rows = np.concatenate([rows[batch.valid] for batch, rows in pieces])
+    rows = np.concatenate([rows[batch.valid] for batch, rows, _ in pieces])
     assert rows.tolist() == [row for row in range(8) for _ in range(6)]
-    audio = np.concatenate([batch.inputs["audio"][batch.valid] for batch, _ in pieces]).reshape(8, 3, 2, -1)
+    audio = np.concatenate([batch.inputs["audio"][batch.valid] for batch, *_ in pieces]).reshape(8, 3, 2, -1)
     assert np.array_equal(audio[:, :, 0], audio[:, :, 1])  # a crop does not change the sound
     samples = Samples(read_manifest(folder / "high.jsonl"), data, Clip(seconds=0.1, frames=1, size=8), None, 0)
     whole = samples.view(5, 0.5, 0.5)["audio"]
@@ -216,7 +233,7 @@ def test_crops_go_along_the_longer_side(tmp_path, folder):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"path": "wide.mp4"}, {"path": "tall.mp4"}])
     data = mixed(folder, train=str(manifest), labels={})
     clip = Clip(seconds=0.5, frames=1, size=48, text_length=8)
-    (batch, _), *_ = evaluation_batches(manifest, data, clip, batch=6, views=EvaluationViews(crops=3))
+    (batch, *_), *_ = evaluation_batches(manifest, data, clip, batch=6, views=EvaluationViews(crops=3))
     assert numbers(batch.inputs["video"][:, 0]) == [2, 9, 5, 2, 9, 5]
 
 

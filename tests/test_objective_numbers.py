@@ -128,11 +128,11 @@ def test_generate_takes_the_likeliest_token_until_the_end():
         return module.apply(params, given, batch, method="predict")["text"]
 
     ids = np.zeros((ROWS, length), np.int32)
-    for place in range(length):
-        ids[:, place] = np.asarray(logits(jnp.asarray(ids)))[:, place].argmax(-1)
+    for place in range(length):  # never padding, id 0
+        ids[:, place] = 1 + np.asarray(logits(jnp.asarray(ids)))[:, place, 1:].argmax(-1)
 
     def generate(end):
-        return jax.jit(lambda: module.apply(params, outputs, end, length, method="generate"))()
+        return jax.jit(lambda: module.apply(params, outputs, batch, end, method="generate"))()["ids"]
 
     np.testing.assert_array_equal(generate(-1), ids)
     end = int(ids[0, 2])  # as if that token were the end of the text

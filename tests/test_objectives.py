@@ -23,16 +23,36 @@ OBJECTIVE_FIELDS = {
     "latent": dict(modalities=("video", "audio", "text"), width=D, depth=1, heads=HEADS),
     "distill": dict(modalities=("video", "text"), width=D),
     "captioning": dict(width=D, depth=1, heads=HEADS),
+    "moments": dict(curves=("worth",), seconds=4.0, steps=8, width=D, depth=1, heads=HEADS, points=2),
+    "regress": dict(values=("mood",)),
+    "identify": dict(label="action", classes=3, width=8),
+    "pixels": dict(tubelet=(1, 2, 2), width=D, depth=1, heads=HEADS),
     "align": dict(labels=LABELS),
+    "localise": dict(classes=3, seconds=4.0, participants=2, steps=8, width=D, depth=1, heads=HEADS, points=2),
 }
 ROWS = 5
 PATCHES = {"video": ((2, 2, 2), 12, 0), "audio": ((3, 2), 6, 0), "text": ((6,), None, 11)}
-SHOWN = {"video": 3, "audio": 2, "text": 3}
+SHOWN = {"video": 3, "audio": 3, "text": 3}
 objectives = pytest.mark.parametrize("kind", OBJECTIVES)
 
 
 def objective_of(kind: str, **fields):
     return OBJECTIVES[kind](**OBJECTIVE_FIELDS.get(kind, {}) | fields)
+
+
+def events_of(rng) -> dict:
+    """Targets of kind "events": up to two of 3 classes in 4 s, with box and participants where known; one row unknown."""
+    start = rng.uniform(0, 2, (ROWS, 2))
+    return {
+        "start": np.float32(start),
+        "end": np.float32(start + rng.uniform(0.5, 2, (ROWS, 2))),
+        "label": np.where([True, False], 1, rng.integers(-1, 3, (ROWS, 2))).astype(np.int32),
+        "box": np.where(rng.random((ROWS, 2, 1)) < 0.3, np.nan, np.sort(rng.random((ROWS, 2, 4)))).astype(np.float32),
+        "participants": np.where(rng.random((ROWS, 2, 1)) < 0.3, np.nan, rng.integers(0, 2, (ROWS, 2, 2))).astype(
+            np.float32
+        ),
+        "known": np.arange(ROWS) != 1,
+    }
 
 
 def view_of(present: dict, valid, seed: int = 0) -> tuple[Outputs, Batch]:
@@ -70,6 +90,13 @@ def view_of(present: dict, valid, seed: int = 0) -> tuple[Outputs, Batch]:
         labels,
         jnp.arange(ROWS, dtype=jnp.int32),
         jnp.asarray(valid),
+        targets={
+            "events": jax.tree.map(jnp.asarray, events_of(rng)),
+            "worth": jnp.asarray(
+                np.where(rng.uniform(size=(ROWS, 8)) < 0.2, np.nan, rng.uniform(size=(ROWS, 8))), "float32"
+            ),
+            "mood": jnp.asarray(np.where(np.arange(ROWS) == 1, np.nan, rng.normal(size=ROWS)), jnp.float32),
+        },
     )
     target = Outputs(*taught[:2], patches, {}, taught[2])
     return Outputs(encoded, fused, patches, masks, target=target, swapped=fused["text"].valid.any(1)), batch
@@ -137,6 +164,11 @@ VARIANTS = [(kind, ()) for kind in OBJECTIVES] + [
     ("latent", (("stage", "fused"), ("context", "all"), ("error", "l2"), ("positions", "rotary"))),
     ("latent", (("layers", 2), ("error", "smooth_l1"), ("modalities", ("audio",)))),
     ("distill", (("of", "pooled"), ("error", "l2"), ("stage", "fused"))),
+    ("localise", (("streams", ("video",)), ("boxes", False), ("participants", 0), ("radius", 1.0), ("depth", 0))),
+    (
+        "pixels",
+        (("context", ("audio",)), ("similarity", 0.5), ("edges", 0.5), ("adversary", FrozenDict(depth=1, width=4))),
+    ),
 ]
 variants = pytest.mark.parametrize(("kind", "fields"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(len(v)))
 

@@ -1,6 +1,8 @@
 """A published folder is whole, tells only what the run's records tell, and loads in three lines."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,16 @@ from conftest import ROOT, small_config
 from huggingface_hub import ModelCard
 
 import vmm
+from vmm.__main__ import main
 from vmm.errors import UserError
 from vmm.evaluate import Predict, evaluate
+from vmm.experiment import Card, Experiment
 from vmm.publish import FILES, publish
+from vmm.publishing import check as checking
+from vmm.publishing.card import model_card
+from vmm.publishing.check import check, run_code
+from vmm.publishing.cost import describe, watts_of
+from vmm.publishing.results import dataset_name, metric_type
 from vmm.report import report
 from vmm.run import open_run, weights
 from vmm.train import train
@@ -47,12 +56,177 @@ def test_layout_and_card(run, folder):
     record = read_rows(run / "evals.jsonl")[-1]
     text = card.text
     assert f"{100 * record['values']['retrieval/V→T/R@5']:.1f} %" in text
-    import hashlib
-
     config = json.loads((run / "config.json").read_text())
     assert hashlib.sha256(Path(config["data"]["train"]).read_bytes()).hexdigest() in text
     assert record["config"] in text and "4 of 4 × 16 clips" in text
     assert f"{read_rows(run / 'metrics.jsonl')[-1]['loss']:.4f} at step 4" in text
+
+
+def test_every_number_is_in_the_hubs_metadata(run, folder):
+    record, found = read_rows(run / "evals.jsonl")[-1], ModelCard.load(folder / "README.md").data.eval_results
+    numbers = {key for key, ends in record["intervals"].items() if not any(np.isnan(ends))}
+    assert len(numbers) > 20 and {result.metric_name for result in found} >= numbers
+    for result in found:
+        name, where = result.metric_name, result.metric_name.partition("/")[0]
+        assert result.metric_value == record["values"][name]
+        assert result.metric_args == {"interval": record["intervals"][name], "level": 0.95}
+        spec = json.loads((run / "config.json").read_text())["evals"][where]
+        assert result.dataset_revision == hashlib.sha256(Path(spec["data"]).read_bytes()).hexdigest()
+        assert result.dataset_name.endswith("/test") and result.metric_config == where
+    types = {result.metric_name: (result.task_type, result.metric_type) for result in found}
+    assert types["retrieval/V→T/R@5"] == ("feature-extraction", "R@5")
+    assert types["probe/V/shape"] == ("video-classification", "accuracy")
+
+
+def test_names_of_metrics_and_datasets():
+    assert metric_type("classification", "VA/shape/macro_f1") == "macro_f1"
+    assert metric_type("classification", "VA/shape") == "accuracy" and metric_type("identity", "V/rank1") == "rank1"
+    assert dataset_name("data/world/test.jsonl") == "world/test" and dataset_name("test.jsonl") == "test"
+    assert dataset_name("") == "unknown"
+
+
+def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
+    opened = open_run(run)
+    plain = model_card(opened)
+    assert plain.data.license == "apache-2.0" and plain.data.get("base_model") is None
+    text = plain.text
+    assert "Unknown: who published it did not say." in text and "Licence of the data: unknown." in text
+    assert "8 × cpu" in text and "energy|unknown: the power of 'cpu' is not known here" in text
+    flops = read_rows(run / "goodput.jsonl")[-1]["flops"]
+    assert f"{4 * flops:.3g} FLOPs: {flops:.3g} a step in matrix products × 4 steps" in text
+    assert "|48|" in text, "the number of training clips"
+    low, high = read_rows(run / "evals.jsonl")[-1]["intervals"]["retrieval/V→T/R@5"]
+    assert f"({100 * low:.1f}–{100 * high:.1f})" in text
+
+    record = read_rows(run / "evals.jsonl")[-1]
+    noisy = {"retrieval/V→T/R@1": record["values"]["retrieval/V→T/R@1"] / 2 + 0.01, "retrieval/V→A/R@1": 0.0}
+    record["values"]["retrieval/V→A/R@1"] = 0.0
+    ends = {key: [0.01, 0.5] for key in noisy}
+    record["suites"] = {"robustness": {f"blur/{k}": {"values": noisy, "intervals": ends} for k in (1, 2)}}
+    values = dict(accuracy=0.5, confidence=0.75, error=0.25, brier=0.6, log_loss=0.9)
+    told = {"values": values, "intervals": {key: [0.1, 0.9] for key in values}}
+    record["suites"]["calibration"] = {"labels/V/shape": told}
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.copyfile(run / name, tmp_path / name)
+    (tmp_path / "evals.jsonl").write_text(json.dumps(record) + "\n")
+    opened.experiment.card = Card(
+        licence="lab-2", data_licence="cc-by-4.0", intended_use="counting circles", limits="no squares",
+        out_of_scope="faces", base_model="owner/base",
+    )  # fmt: skip
+    card = model_card(opened._replace(workdir=tmp_path), adapters=True)
+    assert (card.data.license, card.data.license_name) == ("other", "lab-2")
+    assert (card.data.base_model, card.data.base_model_relation) == ("owner/base", "adapter")
+    for words in ("counting circles", "faces", "no squares", "Licence of the data: cc-by-4.0.", 'base="owner/base"'):
+        assert words in card.text
+    assert "unknown: the run kept no ledger" in card.text
+    line = f"|retrieval/V→T/R@1|blur|{100 * record['values']['retrieval/V→T/R@1']:.1f} %|"
+    assert line + "|".join([f"{100 * noisy['retrieval/V→T/R@1']:.1f} % (1.0–50.0)"] * 2) in card.text
+    assert "|retrieval/V→A/R@1|blur" not in card.text, "a number that the noise leaves alone"
+    assert "|labels/V/shape|50.0 % (10.0–90.0)|75.0 % (10.0–90.0)|25.0 % (10.0–90.0)|0.600 (0.100–0.900)|" in card.text
+
+
+def test_words_of_a_card_are_checked(run):
+    config = json.loads((run / "config.json").read_text())
+    with pytest.raises(UserError, match="card.license: no such key; did you mean 'licence'"):
+        Experiment(config | dict(card=dict(license="mit")))
+
+
+def test_energy_is_devices_times_power_times_time():
+    def row(began, at, step, **seconds):
+        about = dict(device="NVIDIA H100 80GB HBM3", devices=8, flops=1e15)
+        return dict(attempt=1, began=began, at=at, step=step, seconds=seconds) | about
+
+    told = dict(describe([row(0, 3600, 50, steps=3000.0, start=600.0), row(5400, 9000, 100, steps=3600.0)]))
+    assert told["energy"].startswith("about 11.2 kWh, an estimate")  # 8 × 700 W × 2 h; half an hour down is not counted
+    assert told["time"] == "2.5 h in 2 starts, 73% of it in steps that counted"  # 6600 of 9000 s
+    assert told["devices"] == "8 × NVIDIA H100 80GB HBM3" and told["arithmetic"].startswith("1e+17 FLOPs")
+    assert watts_of("NVIDIA H200 NVL") == 600.0 and watts_of("NVIDIA H200") == 700.0 and watts_of("TPU v5 lite") is None
+    old = [dict(attempt=1, began=0, at=60, step=5, seconds=dict(steps=60.0))]
+    assert dict(describe(old))["energy"] == "unknown: the run did not record its devices"
+
+
+# ---- vmm publish --check --------------------------------------------------------------------------
+
+
+def test_a_published_folder_passes_its_check(folder, capsys):
+    assert main(["publish", "--check", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "checked; its example gives what it gave" in out and "video" in out and "text" in out
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1  # the lowest bit of the last tensor's last number
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors: changed since it was published .SHA-256"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / "example.safetensors").unlink(), "holds no example.safetensors"),
+        (lambda folder: flip(folder / "example.mp4"), "example.mp4: changed"),
+        (lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
+        (lambda folder: (folder / "README.md").write_text("# Nothing"), "has no example"),
+        (
+            lambda folder: (folder / "README.md").write_text("```python\nimport vmmm\n```\n"),
+            "README.md: its example fails .ModuleNotFoundError: No module named 'vmmm'",
+        ),
+        (
+            lambda folder: (folder / "README.md").write_text("```python\nimport vmm\n```\n"),
+            "it leaves no `embeddings`",
+        ),
+    ],
+    ids=("weight", "tokenizer", "record", "clip", "card", "no example", "broken example", "no result"),
+)  # fmt: skip
+def test_what_was_harmed_is_one_line(folder, tmp_path, harm, message, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    harm(tmp_path / "copy")
+    with pytest.raises(UserError, match=message) as error:
+        check(tmp_path / "copy")
+    assert "\n" not in str(error.value)
+    assert main(["publish", "--check", str(tmp_path / "copy")]) == 2
+    assert capsys.readouterr().err.startswith("vmm: error: ")
+
+
+def test_other_outputs_are_told(folder, monkeypatch):
+    recorded = checking.read_record(folder)[0]
+
+    def say(factor):
+        monkeypatch.setattr(checking, "run_code", lambda *_: {k: factor * v for k, v in recorded.items()})
+        return check(folder)
+
+    assert max(say(1.0005).values()) == pytest.approx(5e-4, rel=1e-3)
+    with pytest.raises(
+        UserError, match="gives another .* embedding .* by 0.002 of the largest value, allowed are 0.001"
+    ):
+        say(1.002)
+    with pytest.raises(UserError, match="gives another .* embedding"):
+        say(np.nan)
+    monkeypatch.setattr(checking, "run_code", lambda *_: {"video": recorded["video"]})
+    with pytest.raises(UserError, match=r"gives \['video'\], at publishing it gave"):
+        check(folder)
+
+
+def test_the_check_is_alone(tmp_path, monkeypatch):
+    """Nothing of where it is run, nor of the caller's Python, nor of the network is in reach."""
+    (tmp_path / "numpyy.py").write_text("here = 1\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = (
+        "'x': np.array([sys.flags.isolated, int(os.environ['HF_HUB_OFFLINE']), os.environ['JAX_PLATFORMS'] == 'cpu'])"
+    )
+    code = f"import os, sys\nimport numpy as np\nembeddings = {{{told}}}\n"
+    np.testing.assert_array_equal(run_code(tmp_path, code)["x"], [1, 1, 1])
+    with pytest.raises(UserError, match="No module named 'numpyy'"):
+        run_code(tmp_path, "import numpyy\n")
+    with pytest.raises(UserError, match="the example asks the network"):
+        run_code(tmp_path, "import socket\nsocket.create_connection(('127.0.0.1', 9))\n")
+
+
+def test_a_folder_to_write_is_needed(run, capsys):
+    assert main(["publish", str(run)]) == 2
+    assert "give the folder to write" in capsys.readouterr().err
 
 
 def test_embeddings_are_those_of_the_run(run, folder, world_folder):
@@ -113,8 +287,6 @@ def test_loads_in_a_clean_process_without_jax_at_import(folder, world_folder):
 
 
 def test_broken_folders(folder, tmp_path):
-    import shutil
-
     with pytest.raises(UserError, match="neither a folder nor a model"):
         vmm.load(str(tmp_path / "nothing here"))
     with pytest.raises(UserError, match="holds no model published"):

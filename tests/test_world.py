@@ -40,8 +40,31 @@ def test_the_folder_holds_what_it_says(world_folder):
         assert sum(name.startswith(f"{split}/") for name in files) == size
     assert {name for name in files if "/" not in name} == {
         "train.jsonl", "validation.jsonl", "test.jsonl", "tokenizer.json", "labels.json", "world.json",
+        "identity_train.jsonl", "identity_test.jsonl",
     }  # fmt: skip
     assert not [name for name in files if name.endswith(".part")]
+
+
+def test_identities_of_the_test_are_none_of_training(world_folder):
+    train, test = (lines(world_folder, f"identity_{name}") for name in ("train", "test"))
+    pairs = {}
+    for line in train + test:
+        pairs.setdefault(line["labels"]["identity"], set()).add((line["labels"]["shape"], line["labels"]["colour"]))
+    assert all(len(found) == 1 for found in pairs.values()) and len(set.union(*pairs.values())) == len(pairs)
+    assert all(line["labels"]["identity"] < 36 and line["path"].startswith("train/") for line in train)
+    assert all(36 <= line["labels"]["identity"] < 48 and not line["path"].startswith("train/") for line in test)
+
+
+def test_a_world_of_an_older_format_keeps_its_clips(tmp_path):
+    world.generate(tmp_path, SMALL, seed=5)
+    whole = digests(tmp_path)
+    record = json.loads((tmp_path / "world.json").read_text())
+    record["settings"]["format"] = 1
+    (tmp_path / "world.json").write_text(json.dumps(record))
+    (tmp_path / "identity_train.jsonl").unlink()
+    before = (tmp_path / "train/00000.mp4").stat().st_mtime_ns
+    world.generate(tmp_path, SMALL, seed=5)
+    assert digests(tmp_path) == whole and (tmp_path / "train/00000.mp4").stat().st_mtime_ns == before
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
@@ -71,7 +94,7 @@ def test_no_combination_occurs_twice(world_folder):
 
 def test_combinations_do_not_repeat_with_every_stream_there(tmp_path, monkeypatch):
     jobs = []
-    monkeypatch.setattr(world, "_parallel", lambda work, progress: jobs.extend(work))
+    monkeypatch.setattr(world, "parallel", lambda write, work, progress: jobs.extend(work))
     world.generate(tmp_path, {"train": 3000, "validation": 500, "test": 500}, seed=1)
     numbers = {}
     for path, _, combination, _ in jobs:
@@ -85,7 +108,7 @@ def large(tmp_path_factory) -> list[dict]:
     """The training lines of a world of 3,000 clips, whose media are not written."""
     folder = tmp_path_factory.mktemp("large")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "_parallel", lambda work, progress: None)
+        patch.setattr(world, "parallel", lambda write, work, progress: None)
         world.generate(folder, {"train": 3000}, seed=2, missing=0.2)
     return lines(folder, "train")
 
@@ -124,7 +147,7 @@ def test_labels_follow_their_definitions(large, world_folder):
 
 @pytest.mark.parametrize(("size", "missing"), [(48, 1 / 9), (40, 0.25), (10, 0.0), (10, 1.0), (7, 0.5)])
 def test_the_number_of_missing_streams_is_exact(tmp_path, monkeypatch, size, missing):
-    monkeypatch.setattr(world, "_parallel", lambda work, progress: None)
+    monkeypatch.setattr(world, "parallel", lambda write, work, progress: None)
     world.generate(tmp_path, {"train": size}, missing=missing)
     mute = {line["id"] for line in lines(tmp_path, "train") if "pitch" not in line["labels"]}
     untold = {line["id"] for line in lines(tmp_path, "train") if line["caption"] is None}

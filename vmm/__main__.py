@@ -58,6 +58,24 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every clip's predictions (default RUN/predictions.jsonl)",
     )
 
+    averaging = commands.add_parser("average", help="the mean of checkpoints' parameters, as a run of its own")
+    averaging.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of runs of one model")
+    averaging.add_argument("--out", type=Path, required=True, help="workdir to write")
+    which = averaging.add_mutually_exclusive_group()
+    which.add_argument("--last", type=int, default=1, metavar="K", help="newest checkpoints of each run (default 1)")
+    which.add_argument("--steps", default="", metavar="S,S,…", help="the checkpoints of these steps instead")
+    averaging.add_argument(
+        "--greedy",
+        default="",
+        metavar="NAME:max",
+        help="take only those with which this number of vmm eval gets better",
+    )
+
+    together = commands.add_parser("ensemble", help="evaluate several runs as one model: their predictions, averaged")
+    together.add_argument("runs", nargs="+", metavar="RUN", help="workdirs; the evaluators are those of the first")
+    together.add_argument("--evals", nargs="+", default=[], metavar="NAME", help="only these of them")
+    together.add_argument("--predictions", type=Path, metavar="FILE", help="also write every clip's predictions")
+
     compare = commands.add_parser("compare", help="two models on the clips that both have, by paired tests")
     compare.add_argument("ours", metavar="A", help="run with predictions, or a file of `vmm eval --predictions`")
     compare.add_argument("theirs", metavar="B", help="the same of another model; differences are B - A")
@@ -71,15 +89,47 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep_command(commands)
 
     publish = commands.add_parser("publish", help="write a run's model in the layout of the Hugging Face Hub")
-    publish.add_argument("run", help="workdir of a run")
-    publish.add_argument("folder", type=Path, help="where to write")
+    publish.add_argument("run", help="workdir of a run; with --check alone: what to check")
+    publish.add_argument("folder", type=Path, nargs="?", help="where to write; needed, but with --check")
     publish.add_argument("--adapters", action="store_true", help="only what the base (init_from) has not")
+    publish.add_argument(
+        "--check",
+        action="store_true",
+        help="run the code of the folder's card in a clean process and compare with what it gave at publishing",
+    )
+    publish.add_argument(
+        "--base",
+        nargs="+",
+        metavar="SOURCE",
+        help="of --check on adapters: their base, or MODALITY=SOURCE each (default: as they were trained)",
+    )
     publish.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
 
     converting = commands.add_parser("convert", help="published weights → ours, or ours → a published family's layout")
     converting.add_argument("source", help="folder, run or Hub repository")
     converting.add_argument("folder", type=Path, help="where to write")
     converting.add_argument("--to", metavar="FAMILY", help="write this family's layout, as videomae or clip")
+
+    index = commands.add_parser("index", help="an index of a dataset's clips, to find those that are alike")
+    index.add_argument("model", help="a published folder, a run, or a Hub repository")
+    index.add_argument("manifest")
+    index.add_argument("folder", type=Path, help="where to write")
+    index.add_argument("--streams", nargs="+", default=[], help="streams embedded (default: all but text)")
+
+    similar = commands.add_parser("similar", help="clips of an index that are like a clip, a file or words")
+    similar.add_argument("folder", type=Path, help="what `vmm index` wrote")
+    similar.add_argument("--clip", default="", metavar="ID", help="a clip of the index")
+    similar.add_argument("--file", default="", help="a media file")
+    similar.add_argument("--text", default="", help="words")
+    similar.add_argument("--top", type=int, default=10, help="how many (default %(default)s)")
+    similar.add_argument("--exact", action="store_true", help="compare with every clip, not by the graph")
+
+    summarise = commands.add_parser("summarise", help="the moments of a video that are worth most, as mp4")
+    summarise.add_argument("run", help="workdir of a run with a `moments` objective")
+    summarise.add_argument("video", help="a media file of any length")
+    summarise.add_argument("out", type=Path, help="the mp4 file to write")
+    summarise.add_argument("--share", type=float, default=0.15, help="of its length, at most (default %(default)s)")
+    summarise.add_argument("--segment", type=float, default=0.5, help="seconds taken or left whole (%(default)s)")
 
     report = commands.add_parser("report", help="draw a run as one self-contained HTML file")
     report.add_argument("run", help="workdir of a run")
@@ -123,6 +173,12 @@ def _run(args) -> int | None:
 
         suites = ("robustness", "calibration", "classes") if args.suite == "all" else (args.suite,)
         evaluate(args.run, args.again, suites, args.predictions)
+    elif args.command == "average":
+        _average(args)
+    elif args.command == "ensemble":
+        from vmm.ensemble import ensemble
+
+        ensemble(args.runs, args.evals, args.predictions)
     elif args.command == "compare":
         from vmm.compare import compare
 
@@ -132,18 +188,64 @@ def _run(args) -> int | None:
 
         ablate(args.study, args.quick, args.out)
     elif args.command == "publish":
-        from vmm.publish import publish
-
-        folder = publish(args.run, args.folder, args.push, args.adapters)
-        print(f'{folder}: published; load it with vmm.load("{folder}")')
+        _publish(args)
     elif args.command == "convert":
         from vmm.convert import convert
 
         convert(args.source, args.folder, args.to)
+    elif args.command == "index":
+        from vmm.similar import write_index
+
+        write_index(args.model, args.manifest, args.folder, args.streams)
+    elif args.command == "similar":
+        from vmm.similar import ask
+
+        ask(args.folder, args.clip, args.file, args.text, args.top, args.exact)
+    elif args.command == "summarise":
+        from vmm.summarise import summarise_file
+
+        summarise_file(args.run, args.video, args.out, args.share, args.segment)
     elif args.command == "report":
         from vmm.report import report
 
         print(f"{report(args.run, args.out, args.ablation)}: written")
+
+
+def _average(args) -> None:
+    from vmm.average import average
+    from vmm.errors import UserError
+
+    steps = [step.strip() for step in args.steps.split(",") if step.strip()]
+    if not all(step.isdigit() for step in steps) or args.last < 1:
+        raise UserError(
+            f"average: --steps are numbers, as 100,200; --last is at least 1; got {args.steps!r}, {args.last}"
+        )
+    told = average(args.runs, args.out, args.last, [int(step) for step in steps], args.greedy)
+    for one in told:
+        alone = f", alone {one['score']:.4f}" if "score" in one else ""
+        print(f"{'taken' if one.get('taken', True) else 'left '}  {one['run']} at step {one['step']}{alone}")
+    count = sum(one.get("taken", True) for one in told)
+    print(f"{args.out}: mean of {count} checkpoint{'s' * (count > 1)}; evaluate it with `vmm eval {args.out}`")
+
+
+def _publish(args) -> None:
+    from vmm.errors import UserError
+    from vmm.publish import publish, upload
+    from vmm.publishing.check import check, parse_base
+
+    folder, base = args.folder, parse_base(args.base)
+    if folder is None and not args.check:
+        raise UserError("publish: give the folder to write, as `vmm publish RUN FOLDER`; --check FOLDER writes none")
+    if folder is None:
+        folder = Path(args.run)
+    else:
+        publish(args.run, folder, adapters=args.adapters)
+        print(f'{folder}: published; load it with vmm.load("{folder}")')
+    if args.check:
+        told = ", ".join(f"{name} {value:.1g}" for name, value in check(folder, base).items())
+        print(f"{folder}: checked; its example gives what it gave when it was published (difference: {told})")
+    if args.push:  # what does not pass the check is not uploaded
+        upload(folder, args.push)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

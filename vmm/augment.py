@@ -19,6 +19,7 @@ from vmm.types import Batch, Mixed, Patches
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 # Streams of randomness: one option never moves another's numbers.
 _COLOUR, _GAIN, _SPECTROGRAM, _MIXUP = range(1, 5)
+_CUTMIX, _EITHER = range(8, 10)  # MixUp draws from one stream a modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +48,33 @@ class MixUp:
     together: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class CutMix:
+    """A box of another sample's video in the place of the own, and its label by the share of pixels (Yun et al. 2019).
+
+    alpha: the share of the box, before the clip's edges cut it, is drawn from Beta(alpha, alpha), one a sample.
+    time: the box ends in time too; else it is the same in all frames.
+    """
+
+    alpha: float = 1.0
+    time: bool = False
+
+
 def draw(keys: Array, stream: int, shape: tuple = (), low: float = 0.0, high: float = 1.0) -> Array:
     """Returns uniform numbers float32 [B, *shape] of one stream of each sample's randomness."""
     mine = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
     return jax.vmap(lambda key: jax.random.uniform(key, shape, minval=low, maxval=high))(mine)
 
 
-def augment(batch: Batch, keys: Array, colour: float, gain: float, mixup: MixUp | None) -> Batch:
+def augment(
+    batch: Batch, keys: Array, colour: float, gain: float, mixup: MixUp | None, cutmix: CutMix | None = None
+) -> Batch:
     """Returns the batch with colour, loudness and mixing drawn anew for each sample.
 
     Args:
       keys: one a sample [B]. colour: strength of the change of colour, see jitter_colour; 0: none.
-      gain: sound is made louder or softer by up to so many decibels. mixup: see MixUp.
+      gain: sound is made louder or softer by up to so many decibels. mixup, cutmix: see these; with both, each sample has
+        one of them, evenly drawn.
     """
     inputs = dict(batch.inputs)
     if colour:
@@ -67,7 +83,26 @@ def augment(batch: Batch, keys: Array, colour: float, gain: float, mixup: MixUp 
         decibels = draw(keys, _GAIN, (), -gain, gain)
         inputs["audio"] = jnp.clip(inputs["audio"] * 10 ** (decibels / 20)[:, None], -1.0, 1.0)
     batch = batch._replace(inputs=inputs)
+    if mixup and cutmix:
+        return either(draw(keys, _EITHER) < 0.5, mix(batch, keys, mixup), cut(batch, keys, cutmix))
+    if cutmix:
+        return cut(batch, keys, cutmix)
     return mix(batch, keys, mixup) if mixup else batch
+
+
+def add_noise(patches: Patches, keys: Array, deviation: float) -> Patches:
+    """Returns the patches with Gaussian noise on every value: of pixels as a share of their range, then bytes again.
+
+    The pixels are those of corrupt.add_noise, but the draws are of `keys`, one a sample [B]. The draws of a sample depend
+    on how many patches it has.
+    """
+    values = patches.values
+    noise = deviation * jax.vmap(lambda key: jax.random.normal(key, values.shape[1:]))(keys)
+    if values.dtype == jnp.uint8:
+        noisy = jnp.clip(jnp.round(values + 255.0 * noise), 0, 255).astype(jnp.uint8)
+    else:
+        noisy = values + noise
+    return patches._replace(values=noisy)
 
 
 def colour_factors(keys: Array, strength: float) -> tuple[Array, Array, Array, Array]:
@@ -169,3 +204,44 @@ def mix(batch: Batch, keys: Array, mixup: MixUp) -> Batch:
         shares.append(share / jnp.maximum(present, 1.0))
     labels = {name: jnp.stack([labels[name] for labels in partners], 1) for name in batch.labels}
     return batch._replace(inputs=inputs, mixed=Mixed(labels, jnp.stack(shares, 1)))
+
+
+def cut(batch: Batch, keys: Array, cutmix: CutMix) -> Batch:
+    """Returns the batch with a box of each video taken from its partner's, and batch.mixed told.
+
+    Of a box of share r, each side is the clip's times √r (of space-time, ∛r), rounded to whole pixels or
+    frames; its middle is uniform, and what lies outside the clip is cut off. The partner's share is exactly that of the
+    pixels that are its own. Partners as in mix; where either has no video nothing is taken. The sound stays.
+    """
+    video = batch.inputs["video"]
+    sides = video.shape[1:4] if cutmix.time else video.shape[2:4]
+    mine = jax.vmap(jax.random.fold_in, (0, None))(keys, _CUTMIX)
+    alpha = jnp.full((), cutmix.alpha)
+    whole = jax.vmap(lambda key: jax.random.beta(jax.random.fold_in(key, 0), alpha, alpha))(mine)
+    middle = draw(mine, 1, (len(sides),))
+    inside = jnp.ones((len(video), *(1,) * len(sides)), bool)
+    for axis, size in enumerate(sides):
+        side = jnp.round(size * whole ** (1 / len(sides))).astype(jnp.int32)
+        low = jnp.floor(middle[:, axis] * size).astype(jnp.int32) - side // 2
+        place = jnp.arange(size)
+        there = (place >= low[:, None]) & (place < (low + side)[:, None])
+        inside &= there.reshape(-1, *(size if i == axis else 1 for i in range(len(sides))))
+    inside &= (batch.present["video"] & jnp.flip(batch.present["video"])).reshape(-1, *(1,) * len(sides))
+    share = inside.sum(tuple(range(1, inside.ndim))) / np.float32(math.prod(sides))
+    inside = inside[..., None] if cutmix.time else inside[:, None, :, :, None]
+    inputs = dict(batch.inputs) | {"video": jnp.where(inside, jnp.flip(video, 0), video)}
+    labels = {name: jnp.flip(values, 0)[:, None] for name, values in batch.labels.items()}
+    return batch._replace(inputs=inputs, mixed=Mixed(labels, share[:, None]))
+
+
+def either(first: Bool[Array, " B"], one: Batch, two: Batch) -> Batch:
+    """Returns each sample as in `one` where `first`, else as in `two`: inputs, and the shares of all their partners."""
+
+    def choose(x, y):
+        return x if x is y else jnp.where(first.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+    inputs = {name: choose(one.inputs[name], two.inputs[name]) for name in one.inputs}
+    labels = {name: jnp.concatenate([one.mixed.labels[name], two.mixed.labels[name]], 1) for name in one.labels}
+    mine = first[:, None]
+    share = jnp.concatenate([jnp.where(mine, one.mixed.share, 0.0), jnp.where(mine, 0.0, two.mixed.share)], 1)
+    return one._replace(inputs=inputs, mixed=Mixed(labels, share))

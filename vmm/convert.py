@@ -70,7 +70,7 @@ def _to_vmm(source: Source, out: Path, name: str | Path) -> Report:
         "converted_from": source.kind,
         "model": source.model,
         "clip": source.clip,
-        "labels": source.labels,
+        **source.asked,
     }
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(out / "README.md", _card(source, experiment))
@@ -87,7 +87,7 @@ def _card(source: Source, experiment: Experiment) -> str:
 
 
 def _to_family(source: Source, out: Path, family: str) -> Report:
-    model = _filled(source.model) | {"clip": source.clip, "labels": source.labels}
+    model = _filled(source.model) | {"clip": source.clip, "labels": source.asked.get("labels", {})}
     module = FAMILIES[family]
     try:
         config, parts = module.config(model)

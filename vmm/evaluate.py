@@ -3,51 +3,65 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from vmm.build import digest, write_text
 from vmm.corrupt import SEVERITIES, Captions, corrupt
 from vmm.data.loader import evaluation_batches
-from vmm.data.manifest import manifest_digest, read_manifest
+from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.text import encode, load_tokenizer
 from vmm.errors import UserError
 from vmm.evals.predictions import lines, write_predictions
 from vmm.evals.scored import Measured, Measuring
 from vmm.evals.tables import grid, show, show_interval
 from vmm.experiment import Experiment, numbers
+from vmm.model import sample_keys
 from vmm.paths import to_path
 from vmm.run import Run, commit, open_run, weights
 from vmm.sharding import batch_sharding, host_place, to_device
 from vmm.suites import SUITES, print_suite
 from vmm.training.metrics import read_rows
-from vmm.types import SUBSETS
+from vmm.types import SUBSETS, Batch
 
 
 class Predict:
     """(manifest, subset) → predictions of every clip, computed once each; the evaluators' only view of a model.
 
     A prediction is a dict of NumPy arrays [n …] in the manifest's order: what Recipe.predict gives,
-    plus `present/<modality>`, `label/<name>` and `row`. None for a subset with a stream that the
-    model has not.
+    plus `present/<modality>`, `label/<name>`, `target/<name>` and `row`. None for a subset with a stream that the
+    model has not. Of several views of a clip it is their mean; `ask` gives each.
     """
 
     def __init__(self, experiment: Experiment, params, mesh):
         self.experiment, self.params, self.mesh = experiment, params, mesh
         self.memory: dict = {}
         self.captions: dict = {}
-        self.forward = jax.jit(
-            lambda params, batch: experiment.recipe.apply({"params": params}, batch, method="predict"),
-            in_shardings=(None, batch_sharding(mesh)),
-        )
+        self.forward = self._jit("predict")
+
+    def _jit(self, method: str, **static) -> Callable:
+        """Returns (params, batch) → what a method of the recipe says; randomness is of each clip's place in the manifest."""
+
+        recipe, known = self.experiment.recipe, self.experiment.forwards
+        name = (self.mesh, method, *sorted(static.items()))
+
+        def forward(params, batch: Batch) -> dict:
+            keys = sample_keys(jax.random.key(0), batch.index)
+            return recipe.apply({"params": params}, batch, keys=keys, method=method, **static)
+
+        if name not in known:  # evaluations while training compile once
+            known[name] = jax.jit(forward, in_shardings=(None, batch_sharding(self.mesh)))
+        return known[name]
 
     def knows(self, subset: str) -> bool:
         """Whether the model has the streams of a subset; "VAT" is all that it has."""
@@ -59,8 +73,53 @@ class Predict:
         if (manifest, subset) not in self.memory:
             # One pass over the data for all subsets: decoding costs more than predicting.
             for (mine, _), values in self._run(manifest, [s for s in SUBSETS if self.knows(s)]).items():
-                self.memory[manifest, mine] = values
+                self.memory[manifest, mine] = mean_of_views(values)
         return self.memory[manifest, subset]
+
+    def ask(self, manifest: str, subset: str, method: str = "predict", **static) -> dict | None:
+        """Returns what a method of Recipe says of every view of every clip, computed once each; None as when called.
+
+        Rows [n …] are views, windows of a clip in their order: `row` is the clip's number, `start` the second of the file
+        at which the window begins. static: arguments of the method, hashable.
+        """
+        if not self.knows(subset):
+            return None
+        key = (manifest, subset, method, *sorted(static.items()))
+        if key not in self.memory:
+            found = self._run(manifest, [subset], forward=self._jit(method, **static))
+            self.memory[key] = found[subset, None]
+        return self.memory[key]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the config's data: what ids mean."""
+        return load_tokenizer(self.experiment.data.tokenizer)
+
+    @property
+    def seconds(self) -> float:
+        """Length of a window."""
+        return self.experiment.clip.seconds
+
+    def rows(self, manifest: str) -> list[Row]:
+        """Returns the clips of a manifest, by the numbers that `row` gives."""
+        return read_manifest(manifest, bool(self.experiment.data.remote))
+
+    def embed(self, texts: Sequence[str]) -> dict:
+        """Returns what the model predicts [n …] of texts alone: prompts, for example."""
+        experiment, tokenizer = self.experiment, load_tokenizer(self.experiment.data.tokenizer)
+        ids = np.stack([encode(tokenizer, text, experiment.clip.text_length) for text in texts])
+        split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = math.ceil(len(ids) / split) * split
+        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.batch_shapes(rows))
+        ids = np.pad(ids, ((0, rows - len(ids)), (0, 0)), mode="edge")
+        there = {name: np.full(rows, name == "text") for name in blank.present}
+        host, hosts = host_place(self.mesh)
+        batch = blank._replace(inputs=blank.inputs | {"text": ids}, present=there, valid=np.ones(rows, bool))
+        mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
+        batch = jax.tree.map(lambda leaf: leaf[mine], batch)
+        with jax.set_mesh(self.mesh):
+            values = self.forward(self.params, to_device(batch, self.mesh))
+        return {key: value[: len(texts)] for key, value in _whole(values).items()}
 
     def corrupted(self, manifest: str, subsets: Collection[str], name: str) -> dict[int, dict[str, dict]]:
         """Returns severity → subset → predictions of clips under a corruption (vmm/corrupt.py), in one pass; not kept.
@@ -72,7 +131,7 @@ class Predict:
         )
         result: dict = {severity: {} for severity in SEVERITIES}
         for (subset, (_, severity)), values in found.items():
-            result[severity][subset] = values
+            result[severity][subset] = mean_of_views(values)
         return result
 
     def _captions(self, manifest: str) -> Captions:
@@ -83,8 +142,11 @@ class Predict:
             self.captions[manifest] = Captions(texts, np.stack([encode(tokenizer, text, length) for text in texts]))
         return self.captions[manifest]
 
-    def _run(self, manifest: str, subsets: list[str], noises: Sequence[tuple[str, int] | None] = (None,)) -> dict:
-        """Returns (subset, noise) → predictions, in one pass over the data. noise: (corruption, severity), or None."""
+    def _run(
+        self, manifest: str, subsets: list[str], noises: Sequence[tuple[str, int] | None] = (None,), forward=None
+    ) -> dict:
+        """Returns (subset, noise) → predictions of every view, in one pass over the data. noise: (corruption, severity), or None."""
+        forward = forward or self.forward
         experiment, (host, hosts) = self.experiment, host_place(self.mesh)
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = math.ceil(min(experiment.config.batch, 256) / split) * split
@@ -95,10 +157,11 @@ class Predict:
             manifest, experiment.data, experiment.clip, batch=size, host=host, hosts=hosts,
             views=experiment.evaluation, modalities=experiment.modalities,
         )  # fmt: skip
-        for batch, rows in batches:
+        for batch, rows, starts in batches:
             told = {f"present/{name}": there for name, there in batch.present.items()}
             told |= {f"label/{name}": label for name, label in batch.labels.items()}
-            told |= {"row": rows, "valid": batch.valid}
+            told |= flatten_dict({"target": dict(batch.targets)}, sep="/")
+            told |= {"row": rows, "start": starts, "valid": batch.valid}
             # Laid out as the predictions are, so that both come back in one order on any number of hosts.
             told = _whole(to_device(told, self.mesh))
             keep = told.pop("valid")
@@ -112,7 +175,7 @@ class Predict:
                         for name, there in seen.present.items()
                     }
                     with jax.set_mesh(self.mesh):
-                        values = self.forward(self.params, to_device(seen._replace(present=shown), self.mesh))
+                        values = forward(self.params, to_device(seen._replace(present=shown), self.mesh))
                     values = {**_whole(values), **told}
                     parts[subset, noise].append({key: value[keep] for key, value in values.items()})
         result = {}
@@ -120,7 +183,7 @@ class Predict:
             whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             if not len(whole["row"]):
                 raise UserError(f"dataset {manifest}: none of its clips can be decoded; see `vmm data check`")
-            result[key] = mean_of_views(whole)
+            result[key] = whole
         return result
 
 
@@ -134,7 +197,7 @@ def mean_of_views(values: Mapping) -> dict:
         return dict(values)
     result = {}
     for key, value in values.items():
-        if not np.issubdtype(value.dtype, np.floating):
+        if not np.issubdtype(value.dtype, np.floating) or key == "start" or key.startswith("target/"):
             result[key] = value[first]
             continue
         total = np.zeros((len(first), *value.shape[1:]), np.float64)
@@ -244,7 +307,7 @@ def evaluate(
         for suite in missing:
             record["suites"][suite] = SUITES[suite](run.experiment, predict, found)
         if predictions is not None:
-            _write_predictions(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
+            write_found(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
         # Written whole: nothing can be appended to a file in a bucket.
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*rows, record]))
     print_tables(run.experiment, record["values"], record["intervals"])
@@ -253,7 +316,8 @@ def evaluate(
     return record
 
 
-def _write_predictions(run: Run, found: Found, identity: Mapping, path: Path) -> None:
+def write_found(run: Run, found: Found, identity: Mapping, path: Path) -> None:
+    """Writes the file of predictions (evals/predictions.py) of what was found. identity: what its first line tells."""
     ids, told = {}, []
     for name, measured in found.measured.items():
         for scored in measured.scored:

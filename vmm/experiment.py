@@ -11,25 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vmm import adapters
-from vmm.augment import MixUp, SpecAugment, augment
+from vmm import adapters, perturb
+from vmm.augment import CutMix, MixUp, SpecAugment, augment
 from vmm.build import build, make
 from vmm.data import text
 from vmm.data.media import check_size
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
+from vmm.data.targets import make_targets
 from vmm.encoders import ENCODERS
 from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
+from vmm.training.early import Early
 from vmm.training.guard import Guard, check_guard
 from vmm.training.optim import Optim, trainable
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
 
 # Keys that may change between a run and its continuation: they leave its numbers alone.
-_FREE = ("mesh", "evals", "save_every", "keep", "log_every", "eval_every", "health", "check_replicas", "step_timeout")
+_FREE = (
+    "mesh",
+    "evals",
+    "save_every",
+    "keep",
+    "log_every",
+    "eval_every",
+    "health",
+    "check_replicas",
+    "step_timeout",
+    "early",
+    "card",
+)
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
 
@@ -54,7 +68,9 @@ class Config:
     and for evaluations. init_from: weights that a new run starts from, a folder, run or Hub repository that
     vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each. adapt:
     ordered (regex, adapter) over parameter paths, see adapters. With any, only adapters and the objectives' heads are
-    trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is.
+    trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is. card: see Card.
+    early: fields of training.early.Early: when the run ends before its last step. adversary: fields of perturb.Adversary:
+    the loss under small changes too; none: without.
     """
 
     steps: int
@@ -79,6 +95,25 @@ class Config:
     check_replicas: int = 0
     init_from: str | Mapping = dataclasses.field(default_factory=dict)
     adapt: tuple = ()
+    card: Mapping = dataclasses.field(default_factory=dict)
+    early: Mapping = dataclasses.field(default_factory=dict)
+    adversary: Mapping = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a model card says that no record of the run tells, as Markdown; "" is said to be unknown.
+
+    licence: of the weights, by its name on the Hub. data_licence: of the training data. intended_use, out_of_scope: what the
+    model is for, and what not. limits: what it is known to do badly. base_model: the Hub's name of what init_from names.
+    """
+
+    licence: str = "apache-2.0"
+    data_licence: str = ""
+    intended_use: str = ""
+    out_of_scope: str = ""
+    limits: str = ""
+    base_model: str = ""
 
 
 class Experiment:
@@ -104,9 +139,19 @@ class Experiment:
         if isinstance(c.mesh, str) and c.mesh != "auto":
             raise UserError(f'mesh: "auto" or a group of sizes ({", ".join(AXES)}), got {c.mesh!r}')
         self.mesh = None if c.mesh == "auto" else make(MeshShape, c.mesh, "mesh")
+        self.card = make(Card, c.card, "card")
         self.guard = make(Guard, c.guard, "guard")
         check_guard(self.guard)
+        self.early = make(Early, c.early, "early")
+        self.adversary = make(perturb.Adversary, c.adversary, "adversary") if c.adversary else None
+        if self.adversary:
+            perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
+        watched = self.early.metric.split("/")[0]
+        if c.early and watched not in self.evals:
+            raise UserError(
+                f"early.metric: {self.early.metric!r} is of no evaluator of `evals`; {one_of(watched, self.evals)}"
+            )
         spectrogram = make(SpecAugment, self.augment.spectrogram, "data.augment.spectrogram")
         self.recipe = Recipe(
             c.trunk,
@@ -122,16 +167,24 @@ class Experiment:
             if not isinstance(view, Mapping):
                 raise UserError(f"views.{name}: expected a group of keys, got {view!r}")
         self.mixup = make(MixUp, self.augment.mixup, "data.augment.mixup") if self.augment.mixup else None
+        self.cutmix = make(CutMix, self.augment.cutmix, "data.augment.cutmix") if self.augment.cutmix else None
         if self.mixup:
             self._check_mixup()
+        if self.cutmix and self.cutmix.alpha <= 0:
+            raise UserError("data.augment.cutmix: alpha is above 0")
+        if self.mixup or self.cutmix:
+            self._check_mixed()
         if any(view.get("teacher") is True for view in c.views.values()) and not self.optim.ema:
             raise UserError("optim.ema: a view has a teacher, which is the running average; give ema a decay above 0")
         unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
         if unknown:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
         self._check_tokenizer()
+        self._check_writers()
         self._check_labels()
+        self._check_events()
         self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
+        self.forwards: dict = {}  # what evaluation compiled, by its mesh, method and arguments
         self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
         if c.adapt and "rate_rules" not in c.optim:
             self.optim = dataclasses.replace(self.optim, rate_rules=adapters.freezing(self.shapes))
@@ -161,19 +214,51 @@ class Experiment:
         if encoder.end >= 0 and encoder.end not in text.encode(tokenizer, "", 8):
             raise UserError(f"trunk.encoders.text.end: {encoder.end}, but {path} ends no text with that id")
 
+    def _check_writers(self) -> None:
+        """Raises UserError where what is written, and the tokenizer's file, if there already, do not fit."""
+        for name, spec in self.config.objectives.items():
+            if spec.get("kind") != "captioning" or not spec.get("writes") or not Path(self.data.tokenizer).is_file():
+                continue
+            tokenizer = text.load_tokenizer(self.data.tokenizer)
+            fits = {"vocabulary": max(tokenizer.get_vocab().values()) + 1, "padding": text.padding_id(tokenizer)}
+            if 0 < spec.get("vocabulary", 0) < fits["vocabulary"] or spec.get("padding", 0) != fits["padding"]:
+                raise UserError(
+                    f"objectives.{name}: vocabulary must be {fits['vocabulary']} or more and padding {fits['padding']}, "
+                    f"as {self.data.tokenizer} has them"
+                )
+
     def _check_labels(self) -> None:
         """Raises UserError where a head is for other classes than the data's."""
         for name, spec in self.config.objectives.items():
             for label, classes in spec["labels"].items() if spec.get("kind") == "classify" else ():
-                if label not in self.data.labels:
+                known = {**self.data.labels, **self.data.tags}
+                if label not in known:
                     raise UserError(
-                        f"objectives.{name}.labels: no label {label!r} in data.labels; {one_of(label, self.data.labels)}"
+                        f"objectives.{name}.labels: no label {label!r} in data.labels; {one_of(label, known)}"
                     )
-                if classes != self.data.labels[label]:
+                if classes != known[label]:
                     raise UserError(
                         f"objectives.{name}.labels.{label}: a head of {classes} classes, but data.labels.{label} has "
-                        f"{self.data.labels[label]}; give both the same"
+                        f"{known[label]}; give both the same"
                     )
+
+    def _check_events(self) -> None:
+        """Raises UserError where a head is for other events or another window than the data's."""
+        for name, spec in self.config.objectives.items():
+            target = self.data.targets.get(spec.get("events", "events"), {})
+            if spec.get("kind") != "localise" or target.get("kind") != "events":
+                continue
+            for key, theirs in {"participants": 0, **target, "seconds": self.clip.seconds}.items():
+                if key in ("classes", "participants", "seconds") and spec.get(key, 0) != theirs:
+                    where = "data.clip" if key == "seconds" else "data.targets." + spec.get("events", "events")
+                    raise UserError(
+                        f"objectives.{name}.{key}: {spec.get(key, 0)}, but {where}.{key} is {theirs}; give both the same"
+                    )
+            if spec.get("boxes", True) and (self.augment.flip or tuple(self.augment.area) != (1.0, 1.0)):
+                raise UserError(
+                    f"data.augment: flip and area move what is seen, and not the boxes of objectives.{name}; take them out, "
+                    "or set its boxes=False"
+                )
 
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}
@@ -181,10 +266,13 @@ class Experiment:
             raise UserError(
                 "data.augment.mixup: alpha is above 0, and modalities are of video and audio; text cannot be mixed"
             )
+
+    def _check_mixed(self) -> None:
+        name, title = ("mixup", "MixUp") if self.mixup else ("cutmix", "CutMix")
         other = [name for name, spec in self.config.objectives.items() if spec.get("kind") != "classify"]
         if other:
             raise UserError(
-                f"data.augment.mixup: objectives.{other[0]} does not know mixed samples; MixUp is for classify alone"
+                f"data.augment.{name}: objectives.{other[0]} does not know mixed samples; {title} is for classify alone"
             )
 
     def make_mesh(self, devices: list | None = None, memory: int | None = None) -> Mesh:
@@ -220,9 +308,14 @@ class Experiment:
                 "text": array((clip.text_length,), jnp.int32),
             },
             present={name: array((), jnp.bool_) for name in MODALITIES},
-            labels={name: array((), jnp.int32) for name in self.data.labels},
+            labels={name: array((), jnp.int32) for name in self.data.labels}
+            | {name: array((classes,), jnp.int32) for name, classes in self.data.tags.items()},
             index=array((), jnp.int32),
             valid=array((), jnp.bool_),
+            targets={
+                name: jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), target.blank())
+                for name, target in make_targets(self.data.targets).items()
+            },
         )
 
     def initialise(self, key: jax.Array):
@@ -239,8 +332,8 @@ class Experiment:
     def loss(self, teachers: Mapping | None = None) -> Callable:
         """Returns (params, teacher, batch, key) → (loss, metrics), see loss_function."""
         a = self.augment
-        perturb = functools.partial(augment, colour=a.colour, gain=a.gain, mixup=self.mixup)
-        return loss_function(self.recipe, self.optim.accumulate, perturb, teachers)
+        change = functools.partial(augment, colour=a.colour, gain=a.gain, mixup=self.mixup, cutmix=self.cutmix)
+        return loss_function(self.recipe, self.optim.accumulate, change, teachers, self.adversary)
 
     def program(self, mesh, teachers: Mapping | None = None, poison: tuple[int, ...] = ()) -> Program:
         """Returns the compiled-on-demand init and step of this experiment.

@@ -33,6 +33,25 @@ def cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"], smooth
     return (1 - smoothing) * error - smoothing * logs.mean(-1) if smoothing else error
 
 
+def binary_cross_entropy(logits: Float[Array, "*B"], truth: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Returns −[t ln σ(z) + (1 − t) ln(1 − σ(z))] of each logit z by itself; truth t in [0, 1]."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softplus(logits) - logits * truth
+
+
+def focal(
+    logits: Float[Array, "*B Y"], target: Float[Array, "*B Y"], alpha: float = 0.25, gamma: float = 2.0
+) -> Float[Array, "*B Y"]:
+    """Returns −α_t (1 − p_t)^γ ln p_t of sigmoids (Lin et al. 2017, eq. 5), p_t the chance of what is so.
+
+    target: 1 or 0. α_t is α where it is 1, 1 − α where it is 0.
+    """
+    sign = jnp.where(target > 0, 1.0, -1.0)
+    signed = sign * logits.astype(jnp.float32)
+    weight = jnp.where(target > 0, alpha, 1 - alpha)
+    return -weight * jnp.exp(gamma * jax.nn.log_sigmoid(-signed)) * jax.nn.log_sigmoid(signed)
+
+
 def divergence(one: Float[Array, "*B V"], other: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """Returns KL(p ‖ q) = Σ p (ln p − ln q) of logarithms of probabilities, ln p and ln q."""
     return (jnp.exp(one) * (one - other)).sum(-1)

@@ -148,7 +148,43 @@ class Span:
         return _choose(score, valid, _drawn(self.ratio, valid), count - _static(self.ratio, count))
 
 
-MASKS: dict[str, type] = {"tube": Tube, "block": Block, "multiblock": MultiBlock, "span": Span, "random": Random}
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Hides whole steps of the first axis, of a video all places of some frames: ⌊ratio · steps⌋ of them.
+
+    hide: which steps, the same in every sample, as many as the ratio says; below 0 they count from the end: (-2, -1) is
+    the future. (): drawn for each sample.
+    """
+
+    ratio: float
+    hide: tuple[int, ...] = ()
+
+    def __call__(self, key: Array, valid: Bool[Array, "N"], grid: tuple) -> Mask:
+        steps, *rest = grid
+        area, count = math.prod(rest), _static(self.ratio, steps)
+        if self.hide:
+            places = {place % steps for place in self.hide}
+            if not all(-steps <= place < steps for place in self.hide) or not len(places) == len(self.hide) == count:
+                raise UserError(
+                    f"views: a frames mask hides {self.hide} of {steps} steps, which must be different ones in 0 … "
+                    f"{steps - 1} and, of ratio {self.ratio}, {count}; give ratio={len(self.hide)}/{steps} or other steps"
+                )
+            score = jnp.asarray([float(place in places) for place in range(steps)])
+        else:
+            score = jax.random.uniform(key, (steps,))
+            score = jnp.argsort(jnp.argsort(score))  # no two alike: a step is hidden whole or not at all
+        hide = jnp.where(valid.any(), count * area, 0)
+        return _choose(jnp.repeat(score, area), valid, hide, (steps - count) * area)
+
+
+MASKS: dict[str, type] = {
+    "tube": Tube,
+    "block": Block,
+    "multiblock": MultiBlock,
+    "span": Span,
+    "frames": Frames,
+    "random": Random,
+}
 
 
 def sample(

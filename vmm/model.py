@@ -4,6 +4,7 @@ A *view* is one pass through the trunk: which tokens are shown, and whose parame
 view that an objective reads runs once; patches (and the log-mel under them) are made once for all.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vmm import adapters, masking, pairing
-from vmm.augment import SpecAugment, spec_augment
+from vmm import adapters, masking, pairing, perturb
+from vmm.augment import SpecAugment, add_noise, spec_augment
 from vmm.build import build
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
 from vmm.fusion import FUSIONS
-from vmm.layers import layers_of, pool, scalar
+from vmm.layers import layers_of, pool, regularise, scalar
 from vmm.objectives import OBJECTIVES
+from vmm.objectives.captioning import Captioning
 from vmm.objectives.contrastive import Contrastive
 from vmm.training import health
 from vmm.types import TOLD, Batch, Mask, Outputs, Patches, Tokens
@@ -76,8 +78,8 @@ BALANCES = ("fixed", "gradient", "uncertainty")
 class Recipe(nn.Module):
     """What is trained: a trunk, the views of it, and the objectives that read them.
 
-    trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r, **its fields}, "teacher": who}; the
-    teacher is True, the running average of this model, or the folder of a published one, which sees everything.
+    trunk: fields of Trunk. views: name → {modality: {"kind": mask, "ratio": r, **its fields, "noise": d}, "teacher": who};
+    "noise", also without a mask, is a deviation, see augment.add_noise; the teacher is True, the running average of this model, or the folder of a published one, which sees everything.
     Or {"of": another view, "swap": a modality}: that view's encoded streams, of which one is another sample's, are fused
     again. The other is drawn of `among` neighbours in the batch (32; of its part, with accumulate), never one that lacks
     the modality or has the same text; "hard": the contrastive objective by whose logits, else evenly.
@@ -135,9 +137,12 @@ class Recipe(nn.Module):
                     raise UserError(
                         f"views.{view}.{key}: no such modality; {one_of(key, [*self.trunk['encoders'], 'teacher'])}"
                     )
-                if not isinstance(value, Mapping) or not {"kind", "ratio"} <= set(value):
-                    raise UserError(f"views.{view}.{key}: a mask is a group of a kind and a ratio, got {value!r}")
-                if value["kind"] not in masking.MASKS:
+                if not isinstance(value, Mapping) or not ({"kind", "ratio"} <= set(value) or set(value) == {"noise"}):
+                    raise UserError(
+                        f"views.{view}.{key}: a mask is a group of a kind and a ratio, with `noise` or `noise` alone, got {value!r}"
+                    )
+                self._check_noise(f"views.{view}.{key}.noise", key, value.get("noise", 0.0))
+                if "kind" in value and value["kind"] not in masking.MASKS:
                     raise UserError(
                         f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}"
                     )
@@ -154,6 +159,10 @@ class Recipe(nn.Module):
             if target is not None and not self.views.get(target, {}).get("teacher"):
                 taught = [view for view, spec in self.views.items() if spec.get("teacher")]
                 raise UserError(f"objectives.{name}.target: no teacher's view {target!r}; {one_of(target, taught)}")
+
+    def _check_noise(self, where: str, name: str, level: float) -> None:
+        if not isinstance(level, (int, float)) or level < 0 or (level and name == "text"):
+            raise UserError(f"{where}: a standard deviation of at least 0, of video or audio, got {level!r}")
 
     def _check_swap(self, view: str, spec: Mapping) -> None:
         of, name, hard = spec["of"], spec.get("swap"), spec.get("hard")
@@ -180,16 +189,21 @@ class Recipe(nn.Module):
     def _look(self, view: str, patches: Mapping, keys: Array, valid: Array) -> Outputs:
         if "of" in self.views[view]:
             return self._swap(view, self._look(self.views[view]["of"], patches, keys, valid), keys, valid)
-        masks = {}
+        masks, seen = {}, dict(patches)
         for name, spec in self.views[view].items():
-            if name != "teacher":
+            if name != "teacher" and spec.get("noise"):
+                mine = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(f"{view}/{name}/noise".encode()))
+                seen[name] = add_noise(patches[name], mine, spec["noise"])
+            if name != "teacher" and "kind" in spec:
                 mine = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(f"{view}/{name}".encode()))
-                fields = {key: value for key, value in spec.items() if key not in ("kind", "ratio")}
+                fields = {key: value for key, value in spec.items() if key not in ("kind", "ratio", "noise")}
                 valid, grid = patches[name].valid, patches[name].grid
                 masks[name] = masking.sample(
                     spec["kind"], mine, valid, grid, spec["ratio"], fields, f"views.{view}.{name}"
                 )
-        return self.model(patches, masks)
+        outputs = self.model(seen, masks)
+        noisy = [name for name in seen if seen[name] is not patches[name]]
+        return outputs._replace(clean={name: patches[name] for name in noisy})
 
     def _swap(self, view: str, outputs: Outputs, keys: Array, valid: Array) -> Outputs:
         """Returns the outputs with one stream of each sample taken from another. valid: bool [B], who is in the batch."""
@@ -224,28 +238,49 @@ class Recipe(nn.Module):
         wanted = dict.fromkeys(
             view for o in self.objective.values() for view in (o.view, target_of(o)) if view is not None
         )
-        seen = {
-            view: self._look(view, patches, keys, batch.valid)
-            for view in wanted
-            if self.views[view].get("teacher", False) is teacher and "of" not in self.views[view]
-        }
+        # Dropout and stochastic depth are for the student.
+        own = None if teacher else keys
+        seen = {}
+
+        def look(view):
+            with regularise.dropping(own, view):
+                return self._look(view, patches, keys, batch.valid)
+
+        for view in wanted:
+            if self.views[view].get("teacher", False) is teacher and "of" not in self.views[view]:
+                seen[view] = look(view)
         for view in wanted if not teacher else ():
             of = self.views[view].get("of")
             if of is not None:
-                whole = seen[of] if of in seen else self._look(of, patches, keys, batch.valid)
-                seen[view] = self._swap(view, whole, keys, batch.valid)
+                whole = seen[of] if of in seen else look(of)
+                with regularise.dropping(own, view):
+                    seen[view] = self._swap(view, whole, keys, batch.valid)
         return seen
 
-    def head(self, name: str, seen: Mapping, batch: Batch) -> dict:
-        """Returns the features of one objective. seen: view → Outputs."""
+    def changed(self, seen: Mapping, change: Mapping, keys: Array) -> dict:
+        """Returns the views of `change` with encoded streams changed by it, view → modality → [B N D], and fused again."""
+        result = {}
+        for view, own in change.items():
+            encoded = dict(seen[view].encoded)
+            for name, x in own.items():
+                encoded[name] = encoded[name]._replace(x=encoded[name].x + x.astype(encoded[name].x.dtype))
+            with regularise.dropping(keys, view):
+                result[view] = seen[view]._replace(encoded=encoded, fused=self.model.fuse(encoded))
+        return result
+
+    def head(self, name: str, seen: Mapping, batch: Batch, keys: Array | None = None) -> dict:
+        """Returns the features of one objective. seen: view → Outputs. keys: one a sample, for what its layers drop;
+        None: nothing."""
         objective = self.objective[name]
         outputs, target = seen[objective.view], target_of(objective)
-        return objective.features(outputs if target is None else outputs._replace(target=seen.get(target)), batch)
+        outputs = outputs if target is None else outputs._replace(target=seen.get(target))
+        with regularise.dropping(keys, f"objectives/{name}"):
+            return objective.features(outputs, batch)
 
     def features(self, batch: Batch, keys: Array, taught: Mapping) -> dict:
         """Returns objective → features. taught: the teacher's views, from `look`."""
         seen = {**self.look(batch, keys, False), **taught}
-        return {name: self.head(name, seen, batch) for name in self.objective}
+        return {name: self.head(name, seen, batch, keys) for name in self.objective}
 
     def value(self, name: str, features: Mapping) -> Array:
         """Returns the loss of one objective."""
@@ -303,6 +338,37 @@ class Recipe(nn.Module):
                 result[f"fused/{name}"] = pool(outputs.fused[name])
         return result
 
+    def draw(self, batch: Batch, name: str, keys: Array) -> dict:
+        """Returns the pictures [B T H W 3] of an objective of kind "pixels", see Pixels.pictures."""
+        view = self.objective[name].view
+        outputs = self._look(view, self.patches(batch), keys, batch.valid)
+        return self.objective[name].pictures(outputs, batch)
+
+    def generate(
+        self,
+        batch: Batch,
+        keys: Array,
+        objective: str,
+        end: int,
+        length: int = 0,
+        beams: int = 1,
+        penalty: float = 0.0,
+    ) -> dict:
+        """Returns what an objective of kind "captioning" writes: objective/ids int32 [B L] and objective/likelihood [B].
+
+        Of everything shown, but where the objective asks for a view that hides its text. Arguments: see
+        Captioning.generate.
+        """
+        module = self.objective.get(objective)
+        if not isinstance(module, Captioning):
+            known = [name for name, o in self.objective.items() if isinstance(o, Captioning)]
+            raise UserError(f"no objective {objective!r} that writes; {one_of(objective, known)}")
+        patches = self.patches(batch)
+        look = module.needs_hidden
+        outputs = self._look(module.view, patches, keys, batch.valid) if look else self.model(patches, {})
+        found = module.generate(outputs, batch, end, length, beams, penalty)
+        return {f"{objective}/{key}": value for key, value in found.items()}
+
     def embed(self, inputs: Mapping) -> dict:
         """Returns modality → one vector a clip, for the modalities in `inputs`; no fusion, no other stream.
 
@@ -335,7 +401,11 @@ def blank_memory(recipe: Recipe) -> dict:
 
 
 def loss_function(
-    recipe: Recipe, accumulate: int = 1, augment: Callable | None = None, teachers: Mapping[str, Trunk] | None = None
+    recipe: Recipe,
+    accumulate: int = 1,
+    augment: Callable | None = None,
+    teachers: Mapping[str, Trunk] | None = None,
+    adversary: perturb.Adversary | None = None,
 ) -> Callable:
     """Returns loss(params, teacher, batch, key, frozen={}, measure=None, memory=None) → (scalar, metrics), for one batch.
 
@@ -350,6 +420,7 @@ def loss_function(
     for the gradient, so that the activations of one part are held at a time. The loss is that of
     the whole batch, negatives and means included: exactly that of accumulate = 1, but for views that swap, whose
     partners are of the part.
+    adversary: adds the loss of perturbed streams, of views that a student sees and that swap nothing; not with accumulate.
     """
     teachers = teachers or {}
     has_teacher = any(view.get("teacher", False) is True for view in recipe.views.values())
@@ -383,7 +454,8 @@ def loss_function(
     def features(models, measured, batch, keys):
         """(view → Outputs, objective → features, mean tokens, gates) of a part of the batch."""
         seen, gates = look(models, batch, keys)
-        heads = {name: recipe.apply({"params": models[0]}, name, seen, batch, method="head") for name in objectives}
+        params = {"params": models[0]}
+        heads = {name: recipe.apply(params, name, seen, batch, keys, method="head") for name in objectives}
         return seen, heads, *((_pooled(objectives, recipe.views, seen, batch), gates) if measured else ({}, {}))
 
     def norms(models, features, seen, batch, keys):
@@ -397,14 +469,14 @@ def loss_function(
             floats, rest = _split(features[name])
             return jax.grad(lambda x: recipe.apply(params, name, _merge(x, rest), method="value"))(floats)
 
-        def squares(seen, batch, cotangents):
+        def squares(seen, batch, keys, cotangents):
             result = {}
             for name, objective in objectives.items():
                 view = objective.view
 
                 def head(x, name=name, view=view):
                     outputs = {**seen, view: _with_tokens(seen[view], x)}
-                    return _split(recipe.apply(params, name, outputs, batch, method="head"))[0]
+                    return _split(recipe.apply(params, name, outputs, batch, keys, method="head"))[0]
 
                 _, pull = jax.vjp(head, _tokens(seen[view]))
                 result[name] = sum(
@@ -414,13 +486,29 @@ def loss_function(
 
         cotangents = {name: cotangent(name) for name in objectives}
         if seen is not None:
-            values = squares(seen, batch, cotangents)
+            values = squares(seen, batch, keys, cotangents)
         else:
             again = in_parts(
-                lambda batch, keys, c: squares(look(models, batch, keys)[0], batch, c), batch, keys, cotangents
+                lambda batch, keys, c: squares(look(models, batch, keys)[0], batch, keys, c), batch, keys, cotangents
             )
             values = {name: value.sum() for name, value in again.items()}
         return {name: jnp.sqrt(value) for name, value in values.items()}
+
+    def adverse(params, seen, batch, keys, sizes, memory):
+        """The loss where the encoded streams are perturbed."""
+        own = {o.view for o in objectives.values()}
+        mine = [view for view in seen if view in own and not {"teacher", "of"} & set(recipe.views[view])]
+        names = adversary.modalities or tuple(recipe.trunk["encoders"])
+        streams = {view: {name: seen[view].encoded[name].x for name in names} for view in mine}
+
+        def under(params, seen, change):
+            apply = functools.partial(recipe.apply, {"params": params})
+            now = {**seen, **apply(seen, change, keys, method="changed")}
+            heads = {name: apply(name, now, batch, keys, method="head") for name in objectives}
+            return apply(heads, sizes, memory or {}, method="loss")[0]
+
+        still = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, (params, seen))
+        return under(params, seen, perturb.ascend(lambda change: under(*still, change), streams, adversary))
 
     def loss(params, teacher, batch, key, frozen=None, measure=None, memory=None):
         keys = sample_keys(key, batch.index)
@@ -440,6 +528,9 @@ def loss_function(
         )
         sizes = norms(*still) if recipe.balance == "gradient" else None
         value, metrics = recipe.apply({"params": params}, heads, sizes, memory or {}, method="loss")
+        if adversary:
+            harder = adverse(params, seen, batch, keys, sizes, memory)
+            value, metrics = value + adversary.weight * harder, metrics | {"adversary": harder}
         value += extra
         if measure is not None:
             weights = {name: metrics.get(f"{name}/balance", objectives[name].weight) for name in objectives}

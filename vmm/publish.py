@@ -9,30 +9,31 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import vmm
-from vmm.build import digest, write_text
+from vmm.build import write_text
 from vmm.data import media, text
-from vmm.data.loader import train_digests
 from vmm.errors import StorageError, UserError
-from vmm.evals.tables import grid, show
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.model import Recipe
-from vmm.run import Run, commit, open_run, weights
-from vmm.source import FORMAT, base_tensors, experiment_of, fingerprint, open_source
-from vmm.training.metrics import read_rows
+from vmm.publishing import example
+from vmm.publishing.card import model_card
+from vmm.publishing.check import run_code
+from vmm.run import Run, open_run, weights
+from vmm.source import FORMAT, asked_of, base_tensors, experiment_of, fingerprint, open_source
 from vmm.weights import parameter_tree, save_params
 
-FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md", example.CLIP, example.RECORD)
 _CHUNK = 64  # clips embedded at a time
 
 
 def publish(workdir: str | Path, folder: str | Path, push: str | None = None, adapters: bool = False) -> Path:
-    """Writes model.safetensors, config.json, tokenizer.json and README.md (the model card).
+    """Writes model.safetensors, config.json, tokenizer.json, README.md (the model card), and the card's example.
 
-    What a run's adapters make of its base is written, as a model that has no adapters.
+    example.mp4 is what the card's example embeds, example.safetensors what that gave: see publishing/check.py. What a
+    run's adapters make of its base is written, as a model that has no adapters.
 
     Args:
       workdir: of a run. folder: where to write; made whole or not at all.
@@ -60,6 +61,8 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
         # Saved, not copied: its padding may stand in another file beside it.
         write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
         write_text(building / "README.md", str(model_card(run, adapters)))
+        example.write_clip(building / example.CLIP, run.experiment.clip)
+        example.write_record(building, _example(building, run, adapters), (*files[:3], example.CLIP))
         # Only our own files are replaced: a folder may be a clone with a history.
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
@@ -68,14 +71,34 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror}: {error.filename})") from None
     if push:
-        try:
-            api = HfApi(library_name="vmm", library_version=vmm.__version__)
-            api.create_repo(push, exist_ok=True)
-            api.upload_folder(repo_id=push, folder_path=folder, allow_patterns=list(files))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise UserError(f"push {push}: refused ({line}); log in with `hf auth login`; {folder} is whole") from None
+        upload(folder, push)
     return folder
+
+
+def upload(folder: Path, name: str) -> None:
+    """Uploads what `publish` wrote into a folder to a repository of the Hub ("owner/name"); raises UserError: refused."""
+    files = (*example.read_record(folder)[1], "README.md", example.RECORD)
+    try:
+        api = HfApi(library_name="vmm", library_version=vmm.__version__)
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"push {name}: refused ({line}); log in with `hf auth login`; {folder} is whole") from None
+
+
+def _example(folder: Path, run: Run, adapters: bool) -> dict[str, np.ndarray]:
+    """Returns what the card's example gives. On a CPU, as in publishing/check.py: the same numbers anywhere."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS left it out
+        base = example.absolute(run.experiment.config.init_from) if adapters else None
+        card = folder / "README.md"
+        return run_code(folder, example.code_of(card.read_text(encoding="utf-8"), base, card))
+    given = example.inputs(run.experiment.modalities)
+    given = {name: str(folder / value) if value == example.CLIP else value for name, value in given.items()}
+    with jax.default_device(cpu):
+        return load_published(folder).embed(**given)
 
 
 def _published_config(run: Run) -> dict:
@@ -88,6 +111,7 @@ def _published_config(run: Run) -> dict:
         "model": {key: c[key] for key in ("trunk", "views", "objectives", "balance") if key in c},
         "clip": c["data"].get("clip", {}),
         "labels": c["data"].get("labels", {}),
+        **asked_of(c["data"]),
     }
 
 
@@ -101,68 +125,6 @@ def _adapters(run: Run) -> tuple[dict, dict]:
     own = {name: x for name, x in ours.items() if name not in under or x.tobytes() != under[name].tobytes()}
     under = {name: x for name, x in under.items() if name not in own}
     return own, {"base": base, "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
-
-
-def model_card(run: Run, adapters: bool = False) -> ModelCard:
-    """Returns the card; every number in it is read from the run's own records. adapters: the folder holds these alone."""
-    metrics = [row for row in read_rows(run.workdir / "metrics.jsonl") if "loss" in row and row["step"] <= run.step]
-    evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
-    clip, c = run.experiment.clip, run.experiment.config
-    data = ModelCardData(library_name="vmm", license="apache-2.0", tags=["video", "audio", "text", "jax"])
-    parts = sorted(c.trunk["encoders"])
-    objectives = ", ".join(f"{name} ({spec['kind']})" for name, spec in c.objectives.items())
-    lines = [
-        f"# {run.workdir.name}",
-        "",
-        f"A {' + '.join(parts)} model, fused by `{c.trunk['fusion']['kind']}`, pretrained with vmm.",
-        "",
-        "```python",
-        "import vmm",
-        'model = vmm.load("path/of/this/folder"' + (', base="path/of/its/base")' if adapters else ")"),
-        f"model.embed({', '.join(_EXAMPLE[name] for name in parts)})",
-        "```",
-        "",
-        "## How it was made",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| parameters | {run.experiment.parameters():,}, trained {run.experiment.trained():,} |",
-        f"| steps × batch | {run.step} of {c.steps} × {c.batch} clips |",
-        f"| clip | {clip.seconds} s, {clip.frames} frames of {clip.size} × {clip.size}; audio at {clip.sample_rate} Hz |",
-        f"| objectives | {objectives} |",
-        f"| training data | {_told(train_digests(run.experiment.data.train))} |",
-        f"| config | `{digest(numbers(run.config))}`, seed {c.seed} |",
-        f"| code | vmm {vmm.__version__}, commit `{commit()}` |",
-    ]
-    if metrics:
-        lines.append(
-            f"| loss | {metrics[0]['loss']:.4f} at step {metrics[0]['step']}, {metrics[-1]['loss']:.4f} at step {metrics[-1]['step']} |"
-        )
-    lines += ["", "## Evaluation", ""]
-    if not evals:
-        lines.append("This checkpoint was not evaluated: run `vmm eval` on the run, then publish again.")
-    else:
-        lines.append(
-            "Data: " + ", ".join(f"`{name}` (SHA-256 `{value[:12]}`)" for name, value in evals[-1]["data"].items())
-        )
-        for name in run.experiment.evals:
-            values = {k.removeprefix(f"{name}/"): v for k, v in evals[-1]["values"].items() if k.startswith(f"{name}/")}
-            rows, columns, cells, notes = grid(values)
-            lines += ["", f"### {name}", "", "| |" + "|".join(columns) + "|", "|---|" + "---:|" * len(columns)]
-            lines += [f"|{row}|" + "|".join(show(col, cells.get((row, col))) for col in columns) + "|" for row in rows]
-            if notes:
-                lines += ["", ", ".join(f"{key}: {value:g}" for key, value in notes.items())]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
-
-
-_EXAMPLE = {"video": 'video="clip.mp4"', "audio": 'audio="clip.mp4"', "text": 'text="what is seen and heard"'}
-
-
-def _told(digests: dict) -> str:
-    return "; ".join(
-        f"`{manifest}`, manifest SHA-256 `{digest or 'unknown (the file is gone)'}`"
-        for manifest, digest in digests.items()
-    )
 
 
 def load_published(source: str | Path, base: str | Mapping[str, str] | None = None) -> "Model":

@@ -18,6 +18,7 @@ from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
 from vmm.errors import StorageError, UserError
+from vmm.evals.pictures import Pictures, sheet
 from vmm.evals.tables import grid, show, show_interval
 from vmm.evaluate import Predict
 from vmm.model import sample_keys
@@ -66,6 +67,8 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     for name in run.experiment.evals:
         if name != retrieval and values:
             parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(name, values, ends)]
+        if run.config["evals"][name]["kind"] == "pictures":
+            parts += _made_pictures(run, run.experiment.evals[name])
     if suites.get("robustness"):
         parts += ["<h2>Robustness</h2>", _robustness(suites["robustness"], values)]
     if suites.get("calibration"):
@@ -116,7 +119,7 @@ def _losses(metrics: list[dict]) -> str:
         "goodput",
     }
     total = ["loss", *(name for name in names if name not in skip)]
-    other = ("scale", "accuracy", "balance")
+    other = ("scale", "accuracy", "balance", "psnr", "psnr_blend")
     fine = [k for k in metrics[-1] if "/" in k and not k.startswith("health/") and not k.endswith(other)]
     figure, axes = plt.subplots(1, 2 if fine else 1, figsize=(10, 3.4), squeeze=False)
     for axis, keys in zip(axes[0], (total, fine)):
@@ -271,13 +274,25 @@ def _similarity(run: Run, name: str) -> list[str]:
 def _first_clips(run: Run, manifest: str, wanted: np.ndarray):
     """Returns a Batch of the wanted rows of a manifest."""
     found = {}
-    for batch, numbers in evaluation_batches(manifest, run.experiment.data, run.experiment.clip, batch=32):
+    for batch, numbers, _ in evaluation_batches(manifest, run.experiment.data, run.experiment.clip, batch=32):
         for place, number in enumerate(numbers):
             if number in wanted:
                 found[int(number)] = jax.tree.map(lambda leaf, place=place: leaf[place], batch)
         if len(found) == len(wanted):
             break
     return jax.tree.map(lambda *leaves: np.stack(leaves), *(found[int(number)] for number in wanted))
+
+
+def _made_pictures(run: Run, evaluator: Pictures) -> list[str]:
+    """The frames of a few clips as they are, as the pixel decoder makes them, and as copies would have them."""
+    recipe, count = run.experiment.recipe, _CLIPS // 2
+    batch = _first_clips(run, evaluator.data, np.arange(count))
+    keys = sample_keys(jax.random.key(0), np.arange(count))
+    draw = jax.jit(lambda p, b: recipe.apply(p, b, evaluator.objective, keys, method="draw"))
+    drawn = jax.device_get(draw({"params": weights(run.state)}, batch))
+    words = "Each clip from above: the truth, what the model makes of it, the blend of the shown frames, the nearest of them."
+    picture = _png(sheet(drawn, range(count)), "truth, made, blend, nearest")
+    return [f"<p>{words}</p>", f'<div class="clip">{picture}</div>']
 
 
 def _reconstructions(run: Run, manifest: str) -> list[str]:

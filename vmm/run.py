@@ -12,6 +12,7 @@ from vmm.experiment import Experiment
 from vmm.paths import to_path
 from vmm.sharding import MeshShape, make_mesh
 from vmm.training.checkpoint import Checkpoints
+from vmm.training.early import Watch
 from vmm.training.step import State
 
 
@@ -27,7 +28,7 @@ class Run(NamedTuple):
 
 
 def open_run(workdir: str | Path, alone: bool = False) -> Run:
-    """Reads the newest checkpoint of a run.
+    """Reads the newest checkpoint of a run; with early stopping, the best one so far.
 
     alone: onto this process's first device, whatever devices the run is for; else onto its mesh.
 
@@ -42,8 +43,14 @@ def open_run(workdir: str | Path, alone: bool = False) -> Run:
     mesh = make_mesh(MeshShape(), jax.local_devices()[:1]) if alone else experiment.make_mesh()
     program = experiment.program(mesh)
     checkpoints = Checkpoints(workdir, experiment.config.keep)
+    best = Watch(workdir, experiment.early).best
+    if best is not None and best not in checkpoints.steps:
+        print(
+            f"{workdir}: the best checkpoint, of step {best}, is gone; this is the newest, of step {checkpoints.latest}"
+        )
+        best = None
     with jax.set_mesh(mesh):
-        saved = checkpoints.restore(program.shapes)
+        saved = checkpoints.restore(program.shapes, best)
     checkpoints.close()
     return Run(workdir, config, experiment, mesh, saved.state, saved.step)
 

@@ -25,6 +25,7 @@ from vmm.weights.fit import unstack
 from vmm.weights.published import read_config, read_published
 
 FORMAT = 1  # of folders that vmm publishes
+ASKED = ("labels", "tags", "targets", "text")  # of a config's data: what heads are for, what the stream of text is
 _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -39,14 +40,14 @@ _WANTED = [
 class Source(NamedTuple):
     """Weights and what they are weights of.
 
-    kind: "vmm", "run" or a family. model: {"trunk", "views", "objectives"}. clip, labels: as in a config's data.
+    kind: "vmm", "run" or a family. model: {"trunk", "views", "objectives"}. clip: as in a config's data; asked: ASKED of it.
     tensors: parameter path with dots → array. left: names in the file that nothing was made of, and why. tokenizer: file, or None.
     """
 
     kind: str
     model: dict
     clip: dict
-    labels: dict
+    asked: dict
     tensors: dict
     left: list
     tokenizer: Path | None
@@ -85,29 +86,35 @@ def open_source(source: str | Path, base: str | Mapping[str, str] | None = None)
     imported = read_published(folder)
     model = {key: imported.model[key] for key in ("trunk", "views", "objectives")}
     left = [f"{name} ({reason(imported.family, name) or 'unknown'})" for name in imported.left]
-    labels = imported.model.get("labels", {})
-    return Source(imported.family, model, imported.model["clip"], labels, imported.tensors, left, imported.tokenizer)
+    asked = {"labels": imported.model.get("labels", {})}
+    return Source(imported.family, model, imported.model["clip"], asked, imported.tensors, left, imported.tokenizer)
 
 
 def _vmm(folder: Path, config: dict) -> Source:
-    model, clip, labels = _read(folder, config)
+    model, clip, asked = _read(folder, config)
     tensors = load_tensors(folder / "model.safetensors")
     tokenizer = folder / "tokenizer.json"
-    return Source("vmm", model, clip, labels, tensors, [], tokenizer if tokenizer.is_file() else None)
+    return Source("vmm", model, clip, asked, tensors, [], tokenizer if tokenizer.is_file() else None)
 
 
 def _read(folder: Path, config: dict) -> tuple[dict, dict, dict]:
-    """Returns model, clip and labels of a folder's config."""
+    """Returns model, clip and what is asked of a folder's config."""
     path = folder / "config.json"
     try:
         config = plain(config)
-        known, model, clip, labels = config["format"] == FORMAT, config["model"], config["clip"], config["labels"]
+        known, model, clip = config["format"] == FORMAT, config["model"], config["clip"]
+        asked = {"labels": config["labels"], **asked_of(config)}
         model["trunk"]["encoders"].items()
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: holds no model published by `vmm publish` (config.json: {error!r})") from None
     if not known:
         raise UserError(f"{path}: format {config['format']!r} is not known to vmm {vmm.__version__}; upgrade vmm")
-    return model, clip, labels
+    return model, clip, asked
+
+
+def asked_of(data: Mapping) -> dict:
+    """Returns the entries of ASKED that a group has."""
+    return {key: data[key] for key in ASKED if key in data}
 
 
 def _run(folder: Path) -> Source:
@@ -116,12 +123,12 @@ def _run(folder: Path) -> Source:
     data = run.config["data"]
     model = {key: run.config[key] for key in ("trunk", "views", "objectives", "balance") if key in run.config}
     tensors = {name: np.asarray(value) for name, value in flat.items()}
-    return Source("run", model, data.get("clip", {}), data.get("labels", {}), tensors, [], Path(data["tokenizer"]))
+    return Source("run", model, data.get("clip", {}), asked_of(data), tensors, [], Path(data["tokenizer"]))
 
 
 def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
     """Returns the published part of a config, within a config that trains nothing."""
-    data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, "labels": source.labels}
+    data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, **source.asked}
     return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt})
 
 

@@ -45,7 +45,7 @@ def robustness(experiment: Experiment, predict: Predictor, found: Clean) -> dict
     evaluators = {
         name: _of_all_streams(evaluator, experiment, predict)
         for name, evaluator in experiment.evals.items()
-        if isinstance(evaluator, Measuring)
+        if isinstance(evaluator, Measuring) and not evaluator.asks
     }
     for corruption, (stream, *_) in CORRUPTIONS.items():
         if stream not in experiment.modalities:

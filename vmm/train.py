@@ -1,5 +1,6 @@
 """vmm train: config → checkpoints. Read from top to bottom: the order is that of a run."""
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from vmm.teachers import open_teachers
 from vmm.training import distributed
 from vmm.training.allocator import keep_freed_memory
 from vmm.training.checkpoint import Checkpoints
+from vmm.training.early import Watch
 from vmm.training.faults import Faults
 from vmm.training.guard import Inspector, Rollbacks, Trouble, layers
 from vmm.training.ledger import Ledger
@@ -73,12 +75,15 @@ def train(
             flops = count_flops(
                 program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh), *teachers.params
             )
+        device = mesh.devices.flat[0].device_kind
+        ledger.facts = {"device": device, "devices": mesh.devices.size, "flops": flops}
         parts, compiled = layers(program.shapes.params), False
         rollbacks = Rollbacks(workdir, experiment.guard)
+        early = Watch(workdir, experiment.early, first_process)
 
         while True:  # once, and again after each rollback
             # ---- the state: new, or the newest good checkpoint -----------------------------------
-            checkpoints = Checkpoints(workdir, c.keep)
+            checkpoints = Checkpoints(workdir, c.keep, lambda: early.best)
             if rollbacks.unfinished:
                 checkpoints.quarantine(rollbacks.unfinished["first"])
                 rollbacks.end(first_process)
@@ -94,6 +99,16 @@ def train(
                     raise UserError(
                         f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
                     )
+            early.back_to(start)
+            if early.checks(start) or early.due(start, c.steps, c.save_every):
+                # Before training, for the metric's name; after a step, because the run was killed before it did.
+                watchdog.beat(f"the evaluation of step {start}", slow=True)
+                with ledger.during("evaluation"):
+                    early.add(start, _watched(experiment, state, mesh))
+            if early.why:
+                print(f"{workdir}: stopped at step {start}: {early.why}; raise early.patience to train on", flush=True)
+                checkpoints.close()
+                return {}
             if start and start < c.steps and first_process:
                 print(f"{workdir}: goes on from step {start}", flush=True)
             if start >= c.steps:
@@ -115,7 +130,7 @@ def train(
             )
 
             # ---- the loop ------------------------------------------------------------------------
-            metrics, last, step = None, {}, start
+            metrics, last, step, stopped = None, {}, start, None
             try:
                 batches = iter(source)
                 for step in range(start + 1, c.steps + 1):
@@ -137,7 +152,8 @@ def train(
                     checkpoints.poll()
                     reason = distributed.agreed(step, stop.asked)
                     stopping = reason is not None
-                    saving = step % c.save_every == 0 or step == c.steps or stopping
+                    due = early.due(step, c.steps, c.save_every)
+                    saving = step % c.save_every == 0 or step == c.steps or stopping or due
                     if metrics is None and step % c.log_every == 0:
                         log.write(step, {"passed_over": 1.0})
                     elif metrics is not None and (step % c.log_every == 0 or step == start + 1 or saving):
@@ -156,11 +172,22 @@ def train(
                     if saving:
                         with ledger.during("saving"):
                             checkpoints.save(state, step, step * c.batch)
-                    if c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping:
+                    asked = c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping
+                    due = due and saving and not (stopping and step < c.steps)
+                    if asked or due:
                         watchdog.beat(f"the evaluation after step {step}", slow=True)
                         with ledger.during("evaluation"):
-                            values = run_evals(experiment, weights(state), mesh)
+                            values = (
+                                run_evals(experiment, weights(state), mesh)
+                                if asked
+                                else _watched(experiment, state, mesh)
+                            )
+                        if due:
+                            early.add(step, values)
                         log.write(step, {f"eval/{key}": value for key, value in values.items()})
+                    if due and early.why:
+                        stopped = f"{workdir}: stopped at step {step} of {c.steps}: {early.why}"
+                        break
                     if stopping and step < c.steps:
                         checkpoints.wait()
                         raise Preempted(
@@ -190,11 +217,21 @@ def train(
                 checkpoints.close()
 
             # ---- the end -------------------------------------------------------------------------
+            if stopped and first_process:
+                print(stopped, flush=True)
             if source.bad:
                 print(
                     f"{len(source.bad)} files could not be decoded ({bad_summary(source.bad)}):\n{bad_list(source.bad)}"
                 )
             return last
+
+
+def _watched(experiment: Experiment, state, mesh) -> dict[str, float]:
+    """Returns the numbers of the evaluator that early stopping watches."""
+    name = experiment.early.metric.split("/")[0]
+    mine = copy.copy(experiment)
+    mine.evals = {name: experiment.evals[name]}
+    return run_evals(mine, weights(state), mesh)
 
 
 def measured(key: str, value: float) -> bool:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 MODALITIES = ("video", "audio", "text")
 
 # First parts of the names under which a clip's predictions hold what no objective said.
-TOLD = ("encoded", "fused", "hidden", "label", "present")
+TOLD = ("encoded", "fused", "hidden", "label", "present", "target")
 
 # Every modality subset that an evaluation reports, in the order of its tables.
 SUBSETS = {
@@ -45,11 +45,12 @@ class Batch(NamedTuple):
     inputs: modality → array: video uint8 [B T H W C], audio float32 [B S] at 16 kHz in
         [-1, 1], text int32 [B L], padded with the tokenizer's padding id.
     present: modality → bool [B], False where the sample has no such stream.
-    labels: name → int32 [B], -1 where unknown.
+    labels: name → int32 [B], -1 where unknown; of tags, of which a clip has any number: int32 [B Y] of 1 and 0, -1 unknown.
     index: int32 [B], the sample's place in the order of the run: a pure function of
         (seed, step), and the seed of everything random about the sample.
     valid: bool [B], False for rows that only fill up an evaluation's last batch.
     mixed: what was mixed into the inputs, None: nothing.
+    targets: name → arrays [B …] of what else is asked for: numbers, events, texts (data/targets.py).
     """
 
     inputs: dict
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     index: Int
     valid: Bool
     mixed: Mixed | None = None
+    targets: dict = {}
 
 
 class Patches(NamedTuple):
@@ -110,6 +112,7 @@ class Outputs(NamedTuple):
     target: what a teacher saw of the same batch, for an objective that names a `target`; where the view swaps a stream,
         the view as it was before.
     swapped: bool [B], which samples have a stream of another one; None: the view swaps nothing.
+    clean: modality → Patches as they were before the view's noise, for the streams that have any.
     """
 
     encoded: Streams
@@ -119,3 +122,4 @@ class Outputs(NamedTuple):
     layers: dict | None = None
     target: "Outputs | None" = None
     swapped: Bool | None = None
+    clean: dict = {}

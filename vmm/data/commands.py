@@ -18,6 +18,14 @@ def add(data) -> None:
     )
     world.set_defaults(run=_world)
 
+    scenes = data.add_parser("scenes", help="write longer synthetic clips: events, places, subtitles, questions")
+    scenes.add_argument("folder", type=Path)
+    scenes.add_argument("--train", type=int, default=512, help="clips of the training split (default %(default)s)")
+    scenes.add_argument("--validation", type=int, default=64, help="default %(default)s")
+    scenes.add_argument("--test", type=int, default=128, help="default %(default)s")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.set_defaults(run=_scenes)
+
     tokenizer = data.add_parser("tokenizer", help="train a tokenizer on a manifest's captions")
     tokenizer.add_argument("manifest", type=Path)
     tokenizer.add_argument("out", type=Path)
@@ -81,17 +89,26 @@ def add(data) -> None:
 
 
 def _world(args) -> None:
-    from rich.progress import Progress
-
     from vmm.data import world
+
+    _generate(args, functools.partial(world.generate, missing=args.missing))
+
+
+def _scenes(args) -> None:
+    from vmm.data import scenes
+
+    _generate(args, scenes.generate)
+
+
+def _generate(args, generate) -> None:
+    from rich.progress import Progress
 
     sizes = {"train": args.train, "validation": args.validation, "test": args.test}
     with Progress(transient=True) as bar:
         task = bar.add_task("writing clips", total=sum(sizes.values()))
-        world.generate(
-            args.folder, sizes, args.seed, args.missing,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        generate(
+            args.folder, sizes, args.seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
     print(f"{args.folder}: {sum(sizes.values())} clips, {', '.join(f'{k} {v}' for k, v in sizes.items())}")
 
 

@@ -20,6 +20,7 @@ from vmm.data import media
 from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.order import Order, Part, split_buckets
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
+from vmm.data.targets import make_targets
 from vmm.errors import DataBudgetError, UserError
 from vmm.types import MODALITIES, Batch
 
@@ -44,6 +45,7 @@ def to_batch(sample: Mapping, valid: np.ndarray | None = None) -> Batch:
         present=dict(sample["present"]),
         labels=dict(sample["labels"]),
         index=sample["index"],
+        targets=dict(sample["targets"]),
         valid=np.ones(rows, bool) if valid is None else valid,
     )
 
@@ -194,14 +196,28 @@ def load_mixture(data: Data) -> tuple[list[Row], list[Part]]:
 
 def _check_labels(rows: list[Row], data: Data, where: str | Path | None = None) -> None:
     where = where or ", ".join(part.manifest for part in mixture(data.train).values())
-    for name, classes in data.labels.items():
-        values = [row.labels[name] for row in rows if name in row.labels]
-        if not values:
-            raise UserError(f"data.labels.{name}: no clip of {where} has this label")
-        if any(isinstance(value, list) for value in values):
-            raise UserError(f"data.labels.{name}: lists of classes in {where}; a batch carries one class a label")
-        if max(values) >= classes:
-            raise UserError(f"data.labels.{name}: {classes} classes, but {where} has class {max(values)}")
+    both = sorted(set(data.labels) & set(data.tags))
+    if both:
+        raise UserError(
+            f"data.tags.{both[0]}: stands in data.labels too; a clip has one class of a label, any number of tags"
+        )
+    for key, group in (("labels", data.labels), ("tags", data.tags)):
+        for name, classes in group.items():
+            values = [row.labels[name] for row in rows if name in row.labels]
+            if not values:
+                raise UserError(f"data.{key}.{name}: no clip of {where} has this label")
+            if key == "labels" and any(isinstance(value, list) for value in values):
+                raise UserError(
+                    f"data.labels.{name}: lists of classes in {where}; name it in data.tags: a clip has any number of them"
+                )
+            largest = max(max(value, default=-1) if isinstance(value, list) else value for value in values)
+            if largest >= classes:
+                raise UserError(f"data.{key}.{name}: {classes} classes, but {where} has class {largest}")
+    for name, target in make_targets(data.targets).items():
+        try:
+            target.check(rows, f"data.targets.{name}")
+        except UserError as error:
+            raise UserError(f"{error} ({where})") from None
 
 
 def bad_summary(bad: Mapping) -> str:
@@ -220,8 +236,10 @@ def bad_list(bad: Mapping) -> str:
 def evaluation_batches(
     manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
     views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES,
-) -> Iterator[tuple[Batch, np.ndarray]]:  # fmt: skip
-    """Yields (Batch, row numbers) over every view of every clip of a manifest once, without randomness.
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:  # fmt: skip
+    """Yields (Batch, row numbers, starts) over every view of every clip of a manifest once, without randomness.
+
+    starts: float32, seconds of the file at which the view's window begins.
 
     Views of a clip follow one another. Every host yields the same number of batches of batch // hosts
     rows; rows that only fill up are not valid. A clip that cannot be decoded is left out (not valid): a
@@ -234,27 +252,34 @@ def evaluation_batches(
     samples = Samples(rows, data, clip, None, 0, modalities)
     samples.clips = [clip]
     local = batch // hosts
-    steps = -(-len(rows) * views.clips * views.crops // batch)
+    exam = _Exam(
+        samples, [(row, *place) for row in range(len(rows)) for place in views.places(rows[row], clip.seconds)]
+    )
+    steps = -(-len(exam.places) // batch)
     places = [step * batch + host * local + offset for step in range(steps) for offset in range(local)]
-    dataset = grain.MapDataset.source(places).map(_Exam(samples, views)).batch(local, batch_fn=stack)
+    dataset = grain.MapDataset.source(places).map(exam).batch(local, batch_fn=stack)
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads))
     for sample in dataset.to_iter_dataset(options):
-        yield to_batch(sample, valid=sample["valid"]), sample["row"]
+        yield to_batch(sample, valid=sample["valid"]), sample["row"], sample["start"]
 
 
 class _Exam:
-    """Number of a view → its sample for evaluation; past the end, or undecodable: an empty, invalid one."""
+    """Number of a view → its sample for evaluation; past the end, or undecodable: an empty, invalid one.
 
-    def __init__(self, samples: Samples, views: EvaluationViews):
-        self.samples, self.views = samples, views
+    places: of each view, (row, window, square), see EvaluationViews.places.
+    """
+
+    def __init__(self, samples: Samples, places: list[tuple[int, float, float]]):
+        self.samples, self.places = samples, places
 
     def __call__(self, number: int) -> dict:
         clip = self.samples.clips[0]
-        row, view = divmod(number, self.views.clips * self.views.crops)
+        past = number >= len(self.places)
+        row, *place = (len(self.samples.rows),) if past else self.places[number]
         extra = {"index": np.int32(row), "failed": np.int32(-1), "reason": np.int32(-1)}
-        if row < len(self.samples.rows):
+        if not past:
             try:
-                return self.samples.view(row, *self.views.place(view)) | extra | {"valid": np.bool_(True)}
+                return self.samples.view(row, *place) | extra | {"valid": np.bool_(True)}
             except media.DecodeError as error:
                 extra |= {"failed": np.int32(row), "reason": np.int32(media.REASONS.index(error.reason))}
         return extra | {
@@ -262,7 +287,7 @@ class _Exam:
             "audio": np.zeros(clip.samples, np.float32),
             "text": np.zeros(clip.text_length, np.int32),
             "present": dict.fromkeys(("video", "audio", "text"), np.bool_(False)),
-            "labels": dict.fromkeys(self.samples.labels, np.int32(-1)),
+            **self.samples.told(None, 0.0, clip.seconds),
             "row": np.int32(row),
             "valid": np.bool_(False),
         }

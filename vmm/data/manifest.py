@@ -4,7 +4,11 @@
 
 `path` is relative to the manifest's folder; `start` and `end` are seconds, null for the whole
 file; `caption` is a string, a list of alternative phrasings, or null; `labels` are class indices, or
-lists of them. Only `path` is required. What `vmm data build` writes has more: `record`, the place in
+lists of them (tags). Four more keys tell what tasks ask for: `values`, name → number; `texts`, name → string or list
+of strings (a question, its answer, choices, a dialogue's history); `curves`, name → numbers evenly over the clip (how
+important each part is); `events`, each {"start", "end", "label"} with seconds of
+the file and a class, and where known a "box" (left, top, right, bottom in [0, 1] of the picture) and "participants"
+(class indices); [] where nothing happens. Only `path` is required. What `vmm data build` writes has more: `record`, the place in
 an ArrayRecord shard that `path` then names; `sha256` of the clip's bytes, checked whenever they are
 read; `media` and `source`, what is known of the clip and of the file that it was cut from.
 """
@@ -22,14 +26,42 @@ from vmm.data.members import read_member
 from vmm.data.remote import fetch, is_address, open_address
 from vmm.errors import UserError, one_of
 
-_KEYS = ("id", "path", "record", "start", "end", "caption", "labels", "sha256", "media", "source")
+_KEYS = (
+    "id",
+    "path",
+    "record",
+    "start",
+    "end",
+    "caption",
+    "labels",
+    "sha256",
+    "media",
+    "source",
+    "values",
+    "texts",
+    "events",
+    "curves",
+)
+
+
+class Event(NamedTuple):
+    """Something that happens. start, end: seconds of the file. box: left, top, right, bottom in [0, 1] of the picture, or None.
+
+    participants: classes of those who take part, None where it is not known.
+    """
+
+    start: float
+    end: float
+    label: int
+    box: tuple[float, float, float, float] | None = None
+    participants: tuple[int, ...] | None = None
 
 
 class Row(NamedTuple):
     """One clip. start, end: seconds or None; captions: alternative phrasings, may be empty.
 
     record: its place in the shard that path names, None: path is the clip. sha256: of its bytes, where known.
-    duration: of the stored clip in seconds, where a build told it.
+    duration: of the stored clip in seconds, where a build told it. events: None where the row does not tell them.
     """
 
     id: str
@@ -41,6 +73,10 @@ class Row(NamedTuple):
     record: int | None = None
     sha256: str | None = None
     duration: float | None = None
+    values: dict[str, float] = {}
+    texts: dict[str, str | list[str]] = {}
+    events: tuple[Event, ...] | None = None
+    curves: dict[str, list[float]] = {}
 
     @property
     def seconds(self) -> float | None:
@@ -179,7 +215,92 @@ def _row(line: str, where: str, folder: str, remote: bool) -> Row:
         record=record,
         sha256=sha256,
         duration=duration,
+        **check_asked(value, where),
     )
+
+
+def check_asked(line: dict, where: str) -> dict:
+    """Returns values, texts, events and curves of a line, as in a Row; raises UserError: one has another form."""
+    return {
+        "values": _values(line.get("values") or {}, where),
+        "texts": _texts(line.get("texts") or {}, where),
+        "events": _events(line.get("events"), where),
+        "curves": _curves(line.get("curves") or {}, where),
+    }
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _values(values, where: str) -> dict[str, float]:
+    if not isinstance(values, dict) or not all(_number(value) for value in values.values()):
+        raise UserError(f"{where}: values must be name → number, got {values!r}")
+    return values
+
+
+def _texts(texts, where: str) -> dict[str, str | list[str]]:
+    if not isinstance(texts, dict) or not all(
+        isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        for value in texts.values()
+    ):
+        raise UserError(f"{where}: texts must be name → string or list of strings, got {texts!r}")
+    for line in texts.get("subtitles", ()):
+        parts = line.split(" ", 2) if isinstance(texts["subtitles"], list) else ()
+        try:
+            good = len(parts) == 3 and 0 <= float(parts[0]) < float(parts[1]) < math.inf
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(
+                f'{where}: texts.subtitles: a list of "START END words" in seconds of the file, got {line!r}'
+            )
+    if "caption" in texts:
+        raise UserError(f"{where}: texts.caption: a clip's caption stands under the key `caption`")
+    return texts
+
+
+def _curves(curves, where: str) -> dict[str, list[float]]:
+    if not isinstance(curves, dict) or not all(
+        isinstance(value, list) and value and all(_number(item) for item in value) for value in curves.values()
+    ):
+        raise UserError(f"{where}: curves must be name → list of numbers, got {curves!r}")
+    return curves
+
+
+def _events(events, where: str) -> tuple[Event, ...] | None:
+    if events is None:
+        return None
+    if not isinstance(events, list):
+        raise UserError(f"{where}: events must be a list, got {events!r}")
+    result = []
+    for place, event in enumerate(events):
+        here = f"{where}: events[{place}]"
+        if not isinstance(event, dict) or not {"start", "end", "label"} <= set(event) <= set(Event._fields):
+            raise UserError(
+                f"{here}: an event has {', '.join(Event._fields)} (the last two may be left out), got {event!r}"
+            )
+        start, end, label = event["start"], event["end"], event["label"]
+        if not _number(start) or not _number(end) or not 0 <= start < end:
+            raise UserError(
+                f"{here}: start and end are seconds of the file, start before end, got {start!r} and {end!r}"
+            )
+        if type(label) is not int or label < 0:
+            raise UserError(f"{here}: label must be a class index, got {label!r}")
+        box, participants = event.get("box"), event.get("participants")
+        if box is not None:
+            if not isinstance(box, list) or len(box) != 4 or not all(_number(edge) for edge in box):
+                raise UserError(f"{here}: box is [left, top, right, bottom], got {box!r}")
+            if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+                raise UserError(f"{here}: box lies in [0, 1], left before right and top before bottom, got {box!r}")
+        if participants is not None and not (
+            isinstance(participants, list) and all(type(item) is int and item >= 0 for item in participants)
+        ):
+            raise UserError(f"{here}: participants are class indices, got {participants!r}")
+        result.append(
+            Event(start, end, label, tuple(box) if box else None, None if participants is None else tuple(participants))
+        )
+    return tuple(result)
 
 
 def manifest_digest(path: str | Path) -> str:

@@ -4,6 +4,7 @@ What needs arithmetic on pixels and sound (colour, gain, SpecAugment, MixUp) is 
 """
 
 import dataclasses
+import math
 import threading
 from collections.abc import Mapping
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from vmm.data import media, text
 from vmm.data.manifest import Row
-from vmm.errors import DataBudgetError, UserError
+from vmm.data.targets import fields_of, fill, make_targets
+from vmm.errors import DataBudgetError, UserError, one_of
 from vmm.types import MODALITIES
 
 _ATTEMPTS = 16  # substitutes tried for a bad file before the loader gives up
@@ -45,9 +47,10 @@ class Augment:
     window: draw the window's place in a longer clip. area, aspect: random resized crop (Szegedy et al. 2015), the same
     in all frames: ranges of the share of the picture kept, uniform, and of its width to height, log-uniform; area
     (1, 1): the largest square, in the middle. flip: mirror half of the clips. caption: draw among the
-    phrasings. drop: probability with which each stream is withheld (never the last one).
+    phrasings. drop: probability with which each stream is withheld (never the last one), one for all or modality → its
+    own, those not named 0.
 
-    On the device: see vmm/augment.py for colour, gain, spectrogram, mixup.
+    On the device: see vmm/augment.py for colour, gain, spectrogram, mixup, cutmix.
     """
 
     window: bool = True
@@ -55,38 +58,71 @@ class Augment:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
     caption: bool = True
-    drop: float = 0.0
+    drop: float | Mapping = 0.0
     colour: float = 0.0
     gain: float = 0.0
     spectrogram: Mapping = dataclasses.field(default_factory=dict)
     mixup: Mapping = dataclasses.field(default_factory=dict)
+    cutmix: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("area", "aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "area" and high > 1):
                 raise UserError(f"data.augment.{name}: a range (low, high) above 0, got {(low, high)}")
+        rates = self.drop if isinstance(self.drop, Mapping) else {"video": self.drop}
+        for name, rate in rates.items():
+            if name not in MODALITIES:
+                raise UserError(f"data.augment.drop.{name}: no such modality; {one_of(name, MODALITIES)}")
+            if not 0 <= rate <= 1:
+                raise UserError(f"data.augment.drop: a probability, or modality → probability, got {self.drop!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationViews:
     """Views of each clip whose predictions an evaluation averages (Feichtenhofer et al. 2019).
 
-    clips: windows, evenly over the clip's length. crops: squares, evenly along the longer side.
+    clips: windows, evenly over the clip's length. crops: squares, evenly along the longer side. stride: seconds from one
+    window to the next, in place of `clips`: as many as a long video has, the last one at its end.
     """
 
     clips: int = 1
     crops: int = 1
+    stride: float = 0.0
 
     def __post_init__(self):
         if self.clips < 1 or self.crops < 1:
             raise UserError(f"data.evaluation: clips and crops are at least 1, got {self.clips} and {self.crops}")
+        if self.stride < 0 or (self.stride and self.clips != 1):
+            raise UserError(
+                f"data.evaluation: stride is above 0, and stands in place of clips; got {self.stride} and {self.clips}"
+            )
 
-    def place(self, view: int) -> tuple[float, float]:
-        """Returns where view number `view` lies: (window in the clip, square along the longer side), both in [0, 1]."""
-        clip, crop = divmod(view, self.crops)
+    def places(self, row: Row, seconds: float) -> list[tuple[float, float]]:
+        """Returns where the views of a row lie: (window in the clip, square along the longer side), both in [0, 1].
+
+        seconds: length of a window.
+
+        Raises:
+          UserError: a stride, and a row that does not tell its length.
+        """
+        if not self.stride:
+            windows = [(clip + 0.5) / self.clips for clip in range(self.clips)]
+        elif row.seconds is None:
+            raise UserError(
+                f"data.evaluation.stride: {row.path} does not tell how long it is; give its row an `end`, or "
+                "build the dataset with `vmm data build`"
+            )
+        else:
+            room = max(0.0, row.seconds - seconds)
+            windows = (
+                [min(1.0, k * self.stride / room) for k in range(math.ceil(room / self.stride - 1e-6) + 1)]
+                if room
+                else [0.5]
+            )
         middle = self.crops == 1
-        return (clip + 0.5) / self.clips, 0.5 if middle else crop / (self.crops - 1)
+        squares = [0.5 if middle else crop / (self.crops - 1) for crop in range(self.crops)]
+        return [(window, square) for window in windows for square in squares]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +132,9 @@ class Data:
     train: manifest of the training clips; or a mixture, name → {"manifest": …, "weight": …}. tokenizer: a
     tokenizer.json. clip: see Clip. buckets: lengths between which batches alternate, each {"seconds": …, "frames": …}
     in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
-    evaluation: see EvaluationViews. labels: label → number of classes that a batch carries.
+    evaluation: see EvaluationViews. labels: label → number of classes that a batch carries. tags: the same for those of which
+    a clip has any number. text: template of the stream of text, as "{history} {question}" of the row's texts; a clip that
+    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS.
     workers: decoding processes; 0 decodes in threads of this one. threads: per process.
     prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
     that fit in memory. budget: share of the dataset's files that may fail. remote: folder in which
@@ -110,6 +148,9 @@ class Data:
     augment: Mapping = dataclasses.field(default_factory=dict)
     evaluation: Mapping = dataclasses.field(default_factory=dict)
     labels: Mapping = dataclasses.field(default_factory=dict)
+    tags: Mapping = dataclasses.field(default_factory=dict)
+    text: str = "{caption}"
+    targets: Mapping = dataclasses.field(default_factory=dict)
     workers: int = 2
     threads: int = 4
     prefetch: int = 4
@@ -165,7 +206,9 @@ class Samples:
     ):  # fmt: skip
         self.modalities = modalities
         self.rows, self.clips, self.augment, self.seed = rows, bucket_clips(data, clip), augment, seed
-        self.labels = dict(data.labels)
+        self.labels, self.tags = dict(data.labels), dict(data.tags)
+        self.text, self.targets = data.text, make_targets(data.targets)
+        fields_of(self.text, "data.text")
         self.remote = data.remote
         self.tokenizer = text.load_tokenizer(data.tokenizer)
         self.cache = _Cache(data.cache)
@@ -204,7 +247,7 @@ class Samples:
         }
 
     def view(self, row: int, window: float, along: float) -> dict:
-        """Returns one view of a row without randomness; raises DecodeError. Arguments: see EvaluationViews.place."""
+        """Returns one view of a row without randomness; raises DecodeError. Arguments: see EvaluationViews.places."""
         return self._sample(row, np.random.default_rng(0), self.clips[0], window, along)
 
     def _sample(
@@ -226,13 +269,16 @@ class Samples:
         window = _Window(row, clip.seconds, place)
         key = None if drawn else (number, clip.seconds)
         decoded = self.cache.get(key) if key is not None else None
-        if decoded is None:
+        if decoded is not None:
+            window(None)  # only clips without room are kept: the window is the clip
+        else:
             decoded = self._decode(row, window, clip, crop)
             if key is not None and window.only:
                 self.cache.put(key, decoded)
         caption = ""
         if row.captions:
             caption = row.captions[int(rng.integers(len(row.captions))) if augment and augment.caption else 0]
+        caption = fill(self.text, row, caption)
         present = {
             "video": decoded.video is not None,
             "audio": decoded.audio is not None,
@@ -250,8 +296,21 @@ class Samples:
             "audio": decoded.audio if present["audio"] else np.zeros(clip.samples, np.float32),
             "text": ids,
             "present": {name: np.bool_(value) for name, value in present.items()},
-            "labels": {name: np.int32(row.labels.get(name, -1)) for name in self.labels},
+            **self.told(row, window.start, clip.seconds),
             "row": np.int32(number),
+        }
+
+    def told(self, row: Row | None, start: float, seconds: float) -> dict:
+        """Returns labels, targets and start of a window of a row, None: of one that is not there."""
+        labels = row.labels if row else {}
+        return {
+            "labels": {name: np.int32(labels.get(name, -1)) for name in self.labels}
+            | {name: _tags(labels.get(name), classes) for name, classes in self.tags.items()},
+            "targets": {
+                name: target.read(row, start, seconds, self.tokenizer) if row else target.blank()
+                for name, target in self.targets.items()
+            },
+            "start": np.float32(start),
         }
 
     def _decode(self, row: Row, window: "_Window", clip: Clip, crop: media.Crop) -> media.Media:
@@ -273,19 +332,28 @@ class _Window:
     """Picks the window's start in a clip; `only` tells whether another draw could differ."""
 
     def __init__(self, row: Row, seconds: float, place: float):
-        self.row, self.seconds, self.place, self.only = row, seconds, place, False
+        self.row, self.seconds, self.place, self.only, self.start = row, seconds, place, False, row.start or 0.0
 
     def __call__(self, duration: float | None) -> float:
         start = self.row.start or 0.0
         end = self.row.end if self.row.end is not None else duration
         room = max(0.0, (end if end is not None else start) - start - self.seconds)
         self.only = room == 0.0
-        return start + self.place * room
+        self.start = start + self.place * room
+        return self.start
 
 
-def _withhold(present: dict, probability: float, rng: np.random.Generator) -> dict:
-    """Returns presence with streams dropped at random, never all of them."""
-    keep = {name: there and rng.uniform() >= probability for name, there in present.items()}
+def _tags(value: int | list[int] | None, classes: int) -> np.ndarray:
+    """Returns int32 [Y]: 1 where the clip has the tag, else 0; -1 everywhere where its tags are unknown."""
+    if value is None or value == -1:
+        return np.full(classes, -1, np.int32)
+    return np.isin(np.arange(classes), value).astype(np.int32)
+
+
+def _withhold(present: dict, drop: float | Mapping, rng: np.random.Generator) -> dict:
+    """Returns presence with streams dropped at random, never all of them. drop: of Augment."""
+    rates = drop if isinstance(drop, Mapping) else dict.fromkeys(present, drop)
+    keep = {name: there and rng.uniform() >= rates.get(name, 0.0) for name, there in present.items()}
     if any(keep.values()) or not any(present.values()):
         return keep
     there = [name for name, value in present.items() if value]

@@ -163,6 +163,18 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
     return {padding_id(tokenizer), *(id for id, token in added if token.special)}
 
 
+def end_id(tokenizer: Tokenizer) -> int:
+    """Returns the id that ends every text of a loaded tokenizer.
+
+    Raises:
+      UserError: its texts have no end.
+    """
+    alone = tokenizer.post_process(tokenizer.encode("", add_special_tokens=False)).ids
+    if not alone or alone[-1] == padding_id(tokenizer):
+        raise UserError("tokenizer: adds no token at the end of a text, so that nothing written ends; give it one")
+    return alone[-1]
+
+
 def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer."""
     found = tokenizer.encode(text, add_special_tokens=False)

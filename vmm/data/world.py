@@ -16,6 +16,9 @@ Around them stand planted facts, each with a label that needs just one kind of u
 
 The six seen and heard facts make a clip's *combination*; no combination occurs twice, so none is
 shared between splits. A clip without sound has no label that needs sound.
+
+Two more manifests are of the same files: identity_train.jsonl and identity_test.jsonl, where label `identity` is the pair of
+shape and colour; a quarter of these are in the second alone, numbered on, and its clips are none of the first split's.
 """
 
 import functools
@@ -120,7 +123,7 @@ def captions(labels: dict[str, int]) -> list[str]:
     return [phrasing.format(**words) for phrasing in _SEEN_ONLY]
 
 
-def _inside(shape: str, y: np.ndarray, x: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def inside(shape: str, y: np.ndarray, x: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Returns how far each point lies inside the shape, in pixels (negative outside)."""
     distance = np.hypot(y, x)
     if shape == "circle":
@@ -157,8 +160,8 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
     else:
         radius = SIZE * (0.12 + 0.24 * (time if motion == "growing" else 1 - time))
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    inside = _inside(SHAPES[labels["shape"]], y - centre - dy, x - centre - dx, radius)
-    cover = np.clip(inside + 0.5, 0, 1)[..., None]
+    depth = inside(SHAPES[labels["shape"]], y - centre - dy, x - centre - dx, radius)
+    cover = np.clip(depth + 0.5, 0, 1)[..., None]
     ground = np.float32(185 if labels["either"] else 45) + rng.uniform(-6, 6, 3).astype(np.float32)
     colour = np.float32(list(COLOURS.values())[labels["colour"]]) * rng.uniform(0.9, 1.0)
     video = ground * (1 - cover) + colour * cover
@@ -173,7 +176,7 @@ def render(labels: dict[str, int], flash: float, rng: np.random.Generator) -> np
     return np.clip(video + rng.normal(0, 2, (count, SIZE, SIZE, 1)), 0, 255).astype(np.uint8)
 
 
-def _note(timbre: str, pitch: float, time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def note(timbre: str, pitch: float, time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     phase = 2 * np.pi * pitch * time
     if timbre == "whistle":
         return np.sin(phase)
@@ -200,7 +203,7 @@ def sound(labels: dict[str, int], click: float, rng: np.random.Generator) -> np.
         time = np.arange(round(length * RATE)) / RATE
         envelope = np.minimum(1, time / 0.01) * np.minimum(1, (length - time) / 0.03)
         place = round(beat * RATE)
-        wave[place : place + len(time)] += envelope * _note(TIMBRES[labels["timbre"]], pitch, time, rng)
+        wave[place : place + len(time)] += envelope * note(TIMBRES[labels["timbre"]], pitch, time, rng)
     wave *= 0.35 * rng.uniform(0.8, 1.0)
     if labels["either"]:
         wave += 0.12 * np.sin(2 * np.pi * 82.4 * np.arange(samples) / RATE)
@@ -217,6 +220,11 @@ def write_clip(path: Path, seed: int, combination: int, with_sound: bool) -> Non
     while not labels["sync"] and abs(flash - click) < 0.4:
         flash = rng.uniform(0.1, 1.7)
     video, wave = render(labels, flash, rng), sound(labels, click, rng)
+    write_media(path, video, wave if with_sound else None)
+
+
+def write_media(path: Path, video: np.ndarray, wave: np.ndarray | None) -> None:
+    """Writes pictures uint8 [T SIZE SIZE 3] at FPS, and sound float32 [S] at RATE where there is any, as H.264 + AAC."""
     temporary = path.with_suffix(".part")
     with av.open(str(temporary), "w", format="mp4") as container:
         seen = container.add_stream("libx264", rate=FPS)
@@ -231,7 +239,7 @@ def write_clip(path: Path, seed: int, combination: int, with_sound: bool) -> Non
             "threads": "1",
             "x264-params": "mbtree=0",
         }
-        heard = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000) if with_sound else None
+        heard = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000) if wave is not None else None
         for i, picture in enumerate(video):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
@@ -277,29 +285,15 @@ def generate(
       UserError: more clips than combinations, or the folder holds a world with other settings.
     """
     folder = Path(folder)
-    settings = {"format": 1, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
+    settings = {"format": 2, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
     total = int(np.prod([len(values) for values in FACTS.values()]))
     if sum(sizes.values()) > total or min(sizes.values(), default=0) < 1 or not 0 <= missing <= 1:
         raise UserError(
             f"a world has between 1 clip a split and {total} in all, and missing is in [0, 1]; got {settings}"
         )
     record = folder / "world.json"
-    if record.exists():
-        try:
-            there = json.loads(record.read_text())
-            there["settings"], there["complete"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{record}: not the record of a world; remove the folder {folder} and generate it again"
-            ) from None
-        if there["settings"] != settings:
-            raise UserError(
-                f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it"
-            )
-        if there["complete"]:
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"settings": settings, "complete": False}, indent=1))
+    if not begin(record, settings):
+        return
     rng = np.random.default_rng([seed, 2])
     combinations = iter(rng.permutation(total)[: sum(sizes.values())].tolist())
     jobs, manifests = [], {}
@@ -324,30 +318,86 @@ def generate(
             )
             jobs.append((folder / name, seed, combination, i not in mute))
         manifests[split] = lines
-    _parallel(jobs, progress)
+    parallel(_write, jobs, progress)
     for split, lines in manifests.items():
-        _write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / f"{split}.jsonl", lines)
+    for name, lines in _identities(list(manifests.values()), seed).items():
+        write_lines(folder / f"identity_{name}.jsonl", lines)
     first = next(iter(manifests.values()))
     phrases = [phrase for line in first for phrase in line["caption"] or ()]
     text.train_tokenizer(phrases, vocabulary).save(str(folder / "tokenizer.json"))
     names = {**{name: list(values) for name, values in FACTS.items()}, **{name: ["no", "yes"] for name in BITS}}
-    _write_text(folder / "labels.json", json.dumps(names, indent=1))
-    _write_text(record, json.dumps({"settings": settings, "complete": True}, indent=1))
+    write_text(folder / "labels.json", json.dumps(names, indent=1))
+    write_text(record, json.dumps({"settings": settings, "complete": True}, indent=1))
 
 
-def _write_text(path: Path, content: str) -> None:
+def _identities(splits: list[list[dict]], seed: int) -> dict[str, list[dict]]:
+    """Returns the lists of clips by their pair of shape and colour, those of training first in number."""
+    pairs = len(SHAPES) * len(COLOURS)
+    order = np.random.default_rng([seed, 3]).permutation(pairs)
+    place, known = np.argsort(order), 3 * pairs // 4
+
+    def told(line: dict) -> dict:
+        number = int(place[line["labels"]["shape"] * len(COLOURS) + line["labels"]["colour"]])
+        return line | {"labels": line["labels"] | {"identity": number}}
+
+    train = [told(line) for line in splits[0]]
+    rest = [told(line) for lines in splits[1:] for line in lines]
+    return {
+        "train": [line for line in train if line["labels"]["identity"] < known],
+        "test": [line for line in rest if line["labels"]["identity"] >= known],
+    }
+
+
+def begin(record: Path, settings: dict) -> bool:
+    """Returns whether a world still has to be written, and then writes its record. record: file in the world's folder.
+
+    Of another format but the same settings, the lists are written anew and the clips kept.
+
+    Raises:
+      UserError: the folder holds a world with other settings.
+    """
+    folder = record.parent
+    if record.exists():
+        try:
+            there = json.loads(record.read_text())
+            there["settings"], there["complete"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{record}: not the record of a world; remove the folder {folder} and generate it again"
+            ) from None
+        same = {key: value for key, value in settings.items() if key != "format"}
+        if {key: there["settings"].get(key) for key in same} != same:
+            raise UserError(
+                f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it"
+            )
+        if there["complete"] and there["settings"] == settings:
+            return False
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"settings": settings, "complete": False}, indent=1))
+    return True
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(content)
     temporary.replace(path)
 
 
-def _parallel(jobs: list, progress) -> None:
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes a manifest."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def parallel(write, jobs: list, progress) -> None:
+    """Calls write(job) for all jobs, many of them over processes. progress: see `generate`."""
     step = functools.partial(progress, total=len(jobs)) if progress else lambda done: None
     if len(jobs) < 64:  # starting processes costs more than the work
         for done, job in enumerate(jobs, 1):
-            _write(job)
+            write(job)
             step(done)
         return
     with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_write, jobs, chunksize=16), 1):
+        for done, _ in enumerate(pool.imap_unordered(write, jobs, chunksize=16), 1):
             step(done)

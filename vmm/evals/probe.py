@@ -49,6 +49,8 @@ class Probe(Measuring):
                 if not key.startswith("label/"):
                     continue
                 y = rows[key][: self.limit]
+                if y.ndim > 1:  # tags
+                    continue
                 use = shown & (y >= 0)
                 if len(np.unique(y[use])) < 2:
                     continue

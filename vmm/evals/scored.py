@@ -93,7 +93,11 @@ class Measuring:
 
     `prepare` fits what has to be fitted, on clips that are never scored; `measure` scores. Two steps, so that what was
     fitted on whole clips can be scored on noisy ones.
+
+    asks: whether it needs `predict.ask`; it is then not scored under noise, whose predictions are not kept.
     """
+
+    asks = False
 
     def prepare(self, predict: Callable) -> Any:
         """Returns what `measure` needs besides; nothing by default."""

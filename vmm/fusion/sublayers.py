@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from vmm.build import make
 from vmm.errors import UserError
 from vmm.fusion.layered import report
-from vmm.layers import Attention, LayerNorm, Mlp, scalar
+from vmm.layers import Attention, LayerNorm, Mlp, regularise, scalar
 from vmm.sharding import constrain
 
 
@@ -22,6 +22,8 @@ class Options:
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     cap: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
 
 
 def options(block: Mapping) -> Options:
@@ -35,9 +37,13 @@ def options(block: Mapping) -> Options:
 def around(given: Options, name: str) -> tuple[Callable, Callable]:
     """Returns (before, after) of a sublayer f with the norm `name`: x → after(x, f(before(x)))."""
     norm = LayerNorm(given.epsilon, name=name)
+
+    def add(x, y):
+        return x + regularise.dropped(norm, "sublayer", y, given.dropout, given.drop_path)
+
     if given.norm == "pre":
-        return norm, lambda x, y: x + y
-    return lambda x: x, lambda x, y: norm(x + y)
+        return norm, add
+    return lambda x: x, lambda x, y: norm(add(x, y))
 
 
 class Feed(nn.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from vmm.build import make
 from vmm.errors import UserError, one_of
+from vmm.layers import regularise
 from vmm.layers.attention import Attention
 from vmm.layers.dense import Dense, LayerNorm
 from vmm.sharding import constrain
@@ -61,6 +62,10 @@ class Block(nn.Module):
     prefix: learned keys and values of attention (Li & Liang 2021, without the reparametrising MLP), 0: none. Both are for
     fine-tuning, with optim.rate_rules ((".*/(bottleneck|prefix)_.*", 1.0), ("objective_.*", 1.0), (".*", 0.0)).
 
+    dropout: share of the values of what attention and MLP give that training sets to zero before it is added.
+    drop_path: share of samples that pass by attention or MLP in the last layer, less in those before it (stochastic
+    depth), see layers.regularise. Nothing is dropped in predict, embed and a teacher's views.
+
     FLOPs forward a sample: Q (8 D² + 4 r D²) + K 4 D² − Q 4 D² + 4 Q K D for Q tokens of x and
     K keys in all (r the MLP ratio): 24 N D² + 4 N² D where they are the same N and r = 4. Bottlenecks of width h: 8 Q h D
     more; n of a prefix: 4 Q n D more.
@@ -74,6 +79,8 @@ class Block(nn.Module):
     cap: float = 0.0
     bottleneck: int = 0
     prefix: int = 0
+    dropout: float = 0.0
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -110,10 +117,10 @@ class Block(nn.Module):
         return Attention(self.heads, self.cap, self.prefix, name=name)
 
     def adapted(self, name: str, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
-        """What a sublayer gives, through its bottleneck if there is one."""
-        if not self.bottleneck:
-            return x
-        return Bottleneck(self.bottleneck, self.activation, name=f"bottleneck_{name}")(x)
+        """What a sublayer gives, through its bottleneck if there is one, and what training keeps of it."""
+        if self.bottleneck:
+            x = Bottleneck(self.bottleneck, self.activation, name=f"bottleneck_{name}")(x)
+        return regularise.dropped(self, name, x, self.dropout, self.drop_path)
 
 
 def make_block(heads: int, ratio: float, spec: Mapping, name: str) -> Block:
@@ -151,6 +158,7 @@ class Repeat(nn.Module):
     layer: a Module class with __call__(carry, constants) → carry. fields: its fields.
     scan: one compiled layer over stacked parameters (axis "layers"): compile time does not grow
     with depth. remat: what of a layer is computed again for the gradient: True or a name of REMAT.
+    before, after: layers of the same row, for the rates of drop_path.
     """
 
     layer: type[nn.Module]
@@ -158,23 +166,35 @@ class Repeat(nn.Module):
     depth: int
     scan: bool = False
     remat: bool | str = False
+    before: int = 0
+    after: int = 0
 
     @nn.compact
     def __call__(self, carry, constants):
         layer = rematerialised(self.layer, self.remat, self.scan)
+        total = self.before + self.depth + self.after
         if not self.scan or self.depth == 0:
             for i in range(self.depth):
-                carry = layer(**self.fields, name=f"layer_{i}")(carry, constants)
+                with regularise.layer(self.before + i, total):
+                    carry = layer(**self.fields, name=f"layer_{i}")(carry, constants)
             return carry
+
+        def body(module, carry, constants, number):
+            with regularise.layer(number, total):
+                return module(carry, constants), None
+
+        # Layers that drop nothing need no number.
+        numbered = regularise.drops(self.fields.get("block", {}))
         scanned = nn.scan(
-            lambda module, carry, constants: (module(carry, constants), None),
+            body,
             variable_axes={"params": 0, "layers": 0, "gates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(layer(**self.fields, name="layers"), carry, constants)[0]
+        numbers = jnp.arange(self.before, self.before + self.depth) if numbered else None
+        return scanned(layer(**self.fields, name="layers"), carry, constants, numbers)[0]
 
 
 class BlockLayer(nn.Module):

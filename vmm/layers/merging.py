@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vmm.errors import UserError
+from vmm.layers import regularise
 from vmm.layers.attention import Attention, rotate
 from vmm.layers.blocks import Block, Mlp, Stack
 from vmm.layers.dense import Dense, LayerNorm
@@ -101,6 +102,8 @@ class MergingBlock(Block):
     def __call__(self, x: Float[Array, "B N D"], size: Float[Array, "B N"], rotary: tuple | None = None) -> tuple:
         if self.bottleneck or self.prefix:
             raise UserError("video encoder: merge knows no block.bottleneck and no block.prefix; set them to 0")
+        if regularise.drops({"dropout": self.dropout, "drop_path": self.drop_path}):
+            raise UserError("video encoder: merge drops nothing while training; set block.dropout and drop_path to 0")
         pre = self.norm == "pre"
         norm_attention = LayerNorm(self.epsilon, name="norm_attention")
         norm_mlp = LayerNorm(self.epsilon, name="norm_mlp")

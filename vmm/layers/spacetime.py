@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vmm.build import make
 from vmm.errors import UserError, one_of
+from vmm.layers import regularise
 from vmm.layers.attention import Attention, attention
 from vmm.layers.blocks import Block, BlockLayer, Repeat, rematerialised
 from vmm.layers.dense import Dense, LayerNorm, scalar
@@ -343,10 +344,9 @@ class SpaceTimeBlock(Block):
             out = Dense(x.shape[-1:], ("embed", None), name="temporal_out")
             tokens, turn = x[:, cut:], None if rotary is None else tuple(part[:, cut:] for part in rotary)
             own = (layout.without_registers(), count)
-            if self.norm == "pre":
-                tokens = tokens + out(along(norm(tokens), None, valid[:, cut:], own, turn))
-            else:
-                tokens = norm(tokens + out(along(tokens, None, valid[:, cut:], own, turn)))
+            y = out(along(norm(tokens) if self.norm == "pre" else tokens, None, valid[:, cut:], own, turn))
+            tokens = tokens + regularise.dropped(self, "temporal", y, self.dropout, self.drop_path)
+            tokens = tokens if self.norm == "pre" else norm(tokens)
             x = jnp.concatenate([x[:, :cut], tokens], axis=1)
         return super().__call__(x, valid, mask=mask, rotary=rotary)
 
@@ -426,11 +426,15 @@ class Layers(nn.Module):
         if not self.scan:
             layer = rematerialised(SpaceTimeLayer, self.remat, scan=False)
             for i, fields in enumerate(self.fields):
-                carry = layer(**fields, name=f"layer_{i}")(carry, constants)
+                with regularise.layer(i, len(self.fields)):
+                    carry = layer(**fields, name=f"layer_{i}")(carry, constants)
             return carry
         runs = [(fields, len(list(run))) for fields, run in itertools.groupby(self.fields)]
+        before = 0
         for i, (fields, depth) in enumerate(runs):
-            carry = Repeat(SpaceTimeLayer, fields, depth, True, self.remat, name=f"run_{i}")(carry, constants)
+            row = (before, len(self.fields) - before - depth)
+            carry = Repeat(SpaceTimeLayer, fields, depth, True, self.remat, *row, name=f"run_{i}")(carry, constants)
+            before += depth
         return carry
 
 
@@ -485,7 +489,8 @@ class SpaceTimeStack(nn.Module):
         fields = tuple(dict(common, plan=make_plan(kind, self.heads)) for kind in kinds)
         carry, constants = (x, jnp.int32(0) if self.scan else 0), (valid, layout, turn)
         if all(field == fields[0] for field in fields[1:]) and fields:
-            layers = Repeat(SpaceTimeLayer, fields[0], len(fields), self.scan, self.remat, name="blocks")
+            row = (0, self.temporal_depth)
+            layers = Repeat(SpaceTimeLayer, fields[0], len(fields), self.scan, self.remat, *row, name="blocks")
         else:
             layers = Layers(fields, self.scan, self.remat, name="blocks")
         x, count = layers(carry, constants)
@@ -499,7 +504,8 @@ class SpaceTimeStack(nn.Module):
             added = Positions("frames" if self.positions == "places" else "none", name="positions")
             x = added(x, ravel(layout.places, layout.grid), layout.grid, own)
             fields = dict(common, plan=make_plan("temporal", self.heads))
-            along = Repeat(SpaceTimeLayer, fields, self.temporal_depth, self.scan, self.remat, name="temporal")
+            row = (self.depth - self.temporal_depth, 0)
+            along = Repeat(SpaceTimeLayer, fields, self.temporal_depth, self.scan, self.remat, *row, name="temporal")
             x, _ = along((x, count), constants)
         return LayerNorm(epsilon, name="norm")(x) if self.final_norm else x
 
@@ -531,7 +537,8 @@ class SpaceTimeStack(nn.Module):
         y_valid = jnp.concatenate([valid[:, :cut], number > 0], axis=1)
         turn = rotary_at(self.positions, places, x.shape[-1] // self.heads)
         fields = dict(heads=self.heads, ratio=self.ratio, block=self.block)
-        layers = Repeat(BlockLayer, fields, self.temporal_depth, self.scan, self.remat, name="temporal")
+        row = (self.depth - self.temporal_depth, 0)
+        layers = Repeat(BlockLayer, fields, self.temporal_depth, self.scan, self.remat, *row, name="temporal")
         y = layers(y, (y_valid, mask, turn))
         y = LayerNorm(epsilon, name="norm")(y) if self.final_norm else y
         change = jnp.take_along_axis(y[:, cut:] - mean, frame[..., None], axis=1)

@@ -20,9 +20,14 @@ from vmm.objectives.captioning import Captioning
 from vmm.objectives.classify import Classify
 from vmm.objectives.contrastive import Contrastive
 from vmm.objectives.distill import Distill
+from vmm.objectives.identify import Identify
 from vmm.objectives.latent import Latent
+from vmm.objectives.localise import Localise
 from vmm.objectives.masked import Masked
 from vmm.objectives.matching import Matching
+from vmm.objectives.moments import Moments
+from vmm.objectives.pixels import Pixels
+from vmm.objectives.regress import Regress
 
 OBJECTIVES = {
     "contrastive": Contrastive,
@@ -33,4 +38,9 @@ OBJECTIVES = {
     "matching": Matching,
     "latent": Latent,
     "distill": Distill,
+    "pixels": Pixels,
+    "moments": Moments,
+    "regress": Regress,
+    "identify": Identify,
+    "localise": Localise,
 }

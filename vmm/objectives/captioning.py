@@ -1,4 +1,4 @@
-"""Captioning: the text of a clip, token by token, from its other streams (CoCa, Yu et al. 2022; BLIP, Li et al. 2022)."""
+"""Captioning: a text, token by token, from the streams of a clip (CoCa, Yu et al. 2022; BLIP, Li et al. 2022)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,70 +6,38 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from vmm import losses
-from vmm.errors import UserError
-from vmm.layers import Dense, Embed, LayerNorm, Positions, make_block, vector
+from vmm.errors import UserError, one_of
+from vmm.objectives.writing import Writer, beam_search
 from vmm.types import Batch, Outputs, Streams
 
 
-class Writer(nn.Module):
-    """Token ids [B L] and streams to tell of → logits float32 [B L V]; those at i know only the ids before i.
-
-    The tokens are the queries of every block; its keys are those before them, and the streams. FLOPs forward a
-    sample, K tokens in the streams: Σ_m 2 K_m D_m D + depth · [ 24 L D² + 4 K D² + 4 L (L + K) D ] + 2 L D V.
-    """
-
-    vocabulary: int
-    width: int
-    depth: int
-    heads: int
-    ratio: float = 4.0
-    positions: str = "sincos"
-    block: Mapping = dataclasses.field(default_factory=dict)
-
-    @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], valid: Bool[Array, "B L"], context: Streams) -> Float[Array, "B L V"]:
-        keys, there = [], []
-        for name, tokens in context.items():
-            y = Dense((self.width,), ("embed", None), name=f"enter_{name}")(tokens.x)
-            keys.append(y + vector(self, f"modality_{name}", (self.width,)).astype(y.dtype))
-            there.append(tokens.valid)
-        keys, there = jnp.concatenate(keys, axis=1), jnp.concatenate(there, axis=1)
-        # Shifted by one: a place is given what stands before it, and a learned vector stands before the first.
-        length = ids.shape[1]
-        begin = jnp.broadcast_to(vector(self, "begin", (self.width,)), (len(ids), 1, self.width))
-        x = Embed(self.vocabulary, self.width, name="embed")(ids[:, :-1])
-        x = jnp.concatenate([begin, x], axis=1).astype(keys.dtype)
-        valid = jnp.concatenate([jnp.ones_like(valid[:, :1]), valid[:, :-1]], axis=1)
-        at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-        x = Positions(self.positions, name="positions")(x, at, (length,))
-        past = jnp.arange(length)[:, None] >= jnp.arange(length)
-        mask = jnp.concatenate([past, jnp.ones((length, keys.shape[1]), bool)], axis=1)
-        for i in range(self.depth):
-            x = make_block(self.heads, self.ratio, self.block, f"layer_{i}")(x, valid, keys, there, mask)
-        x = LayerNorm(self.block.get("epsilon", 1e-6), name="norm")(x).astype(jnp.float32)
-        return Dense((self.vocabulary,), ("embed", "vocab"), name="head")(x)
-
-
 class Captioning(nn.Module):
-    """Prediction of each token of the text from the tokens before it and the other streams.
+    """Prediction of each token of a text from the tokens before it and from streams of the clip.
 
         −(1/n) Σ_i log p(y_i | y_1 … y_{i−1}, context),  over the n tokens of the batch that are no padding
 
-    The text is taken from the batch, not from the trunk, and must not come in with the streams: they are read as
-    encoded, before any fusion. stage "fused" asks for a view that hides all of the text (a mask of ratio 1): then
-    no other stream can have seen it.
+    The text is that of the stream of text, or, with `writes`, a target of the batch: an answer, say, to the question that
+    is the stream of text, or subtitles. The stream's own text is taken from the batch, not from the trunk, and must not
+    come in with the streams: they are read as encoded, before any fusion. stage "fused" asks for a view that hides
+    all of it (a mask of ratio 1): then no other stream can have seen it. A target is in no stream, so that context may be all
+    of them, encoded or fused.
 
-    view, weight: see Recipe. text: the modality that is written. context: streams it is written from; a sample with
-    none of them does not count. stage: "encoded" or "fused". width, depth, heads, ratio, positions: of the decoder.
-    block: further fields of layers.Block.
+    view, weight: see Recipe. text: the modality that is written. writes: name of data.targets of kind text or subtitles that
+    is written in its place. choices: name of data.targets of kind choices, of which `predict` tells how likely each
+    is; mean: a token, not the whole text. context: streams it is written from; a sample with none of them does not count.
+    stage: "encoded" or "fused". width, depth, heads, ratio, positions: of the decoder. block: further fields of
+    layers.Block. vocabulary, padding: of the tokenizer, for targets; vocabulary 0: that of the stream of text.
     """
 
     view: str = "clean"
     weight: float = 1.0
     text: str = "text"
+    writes: str = ""
+    choices: str = ""
+    mean: bool = False
     context: tuple[str, ...] = ("video", "audio")
     stage: str = "encoded"
     width: int = 256
@@ -78,20 +46,32 @@ class Captioning(nn.Module):
     ratio: float = 4.0
     positions: str = "sincos"
     block: Mapping = dataclasses.field(default_factory=dict)
+    vocabulary: int = 0
+    padding: int = 0
 
     @property
     def needs_hidden(self) -> bool:
         """Whether predict needs a view that hides something."""
-        return self.stage == "fused"
+        return self.stage == "fused" and not self.writes
 
     def _context(self, outputs: Outputs) -> Streams:
         if self.stage not in ("encoded", "fused"):
             raise UserError(f"captioning.stage: unknown {self.stage!r}; known: encoded, fused")
-        missing = [name for name in (*self.context, self.text) if name not in outputs.patches]
-        if missing or self.text in self.context or not self.context:
+        known = sorted(outputs.patches)
+        wanted = self.context if self.writes else (*self.context, self.text)
+        if [name for name in wanted if name not in known] or not self.context:
+            raise UserError(
+                f"captioning: a text is written from streams of the trunk; it has {known}, context is {self.context}"
+            )
+        if not self.writes:
+            self._check_stream(outputs)
+        return {name: getattr(outputs, self.stage)[name] for name in self.context}
+
+    def _check_stream(self, outputs: Outputs) -> None:
+        if self.text in self.context:
             raise UserError(
                 f"captioning: {self.text!r} is written from one stream or more of the trunk, itself not among them; "
-                f"the trunk has {sorted(outputs.patches)}, context is {self.context}"
+                f"the trunk has {sorted(outputs.patches)}, context is {self.context}; to write another text, name its target (writes)"
             )
         if not outputs.patches[self.text].classes:
             raise UserError(f"captioning.text: {self.text!r} is no stream of token ids")
@@ -101,44 +81,103 @@ class Captioning(nn.Module):
                 f"captioning.stage: fused streams have seen the text that the view {self.view!r} shows; give "
                 f"views.{self.view}.{self.text} a mask of ratio 1, or read the encoded streams"
             )
-        return {name: getattr(outputs, self.stage)[name] for name in self.context}
+
+    def _text(self, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
+        """Returns the ids [B L] to be written, and which are no padding."""
+        if not self.writes:
+            return outputs.patches[self.text].values, outputs.patches[self.text].valid
+        ids = self._target(batch, "writes", self.writes, 2)
+        return ids, ids != self.padding
+
+    def _target(self, batch: Batch, field: str, name: str, axes: int) -> Array:
+        if name not in batch.targets:
+            raise UserError(f"captioning.{field}: no target {name!r} in data.targets; {one_of(name, batch.targets)}")
+        ids = batch.targets[name]
+        if not hasattr(ids, "ndim") or ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
+            kinds = "text or subtitles" if axes == 2 else "choices"
+            raise UserError(f"captioning.{field}: the target {name!r} holds no token ids; its kind must be {kinds}")
+        return ids
+
+    def _fields(self, outputs: Outputs) -> tuple:
+        patches = outputs.patches.get(self.text)
+        vocabulary = (self.writes and self.vocabulary) or (patches.classes if patches is not None else 0)
+        if not vocabulary:
+            raise UserError(
+                "captioning.vocabulary: the trunk has no stream of text to take it from; give the tokenizer's size"
+            )
+        return vocabulary, self.width, self.depth, self.heads, self.ratio, self.positions, self.block
 
     @nn.compact
-    def _write(self, ids: Int[Array, "B L"], valid: Bool[Array, "B L"], vocabulary: int, context: Streams):
-        fields = (vocabulary, self.width, self.depth, self.heads, self.ratio, self.positions, self.block)
-        return Writer(*fields, name="decoder")(ids, valid, context)
+    def _write(self, outputs: Outputs, ids: Int[Array, "B L"], valid: Bool[Array, "B L"], context: Streams):
+        return Writer(*self._fields(outputs), name="decoder")(ids, valid, context)
 
     def predict(self, outputs: Outputs, batch: Batch) -> dict:
-        """Returns text → logits float32 [B L V] of each token, given those before it."""
-        patches = outputs.patches[self.text]
-        return {self.text: self._write(patches.values, patches.valid, patches.classes, self._context(outputs))}
+        """Returns text → logits float32 [B L V] of each token, given those before it.
 
-    def generate(self, outputs: Outputs, end: int, length: int) -> Int[Array, "B L"]:
-        """Returns the likeliest next id, one after the other, until `end`; 0 after it. int32 [B length].
-
-        The whole text is read again for every token: for short captions.
+        With `writes`: tokens → log-probability float32 [B L] of each token of the target, 0 where it has none; with
+        `choices`: choices → that of each choice [B C], −inf where there is none.
         """
-        context, vocabulary = self._context(outputs), outputs.patches[self.text].classes
-        rows = len(outputs.patches[self.text].valid)
+        context, (ids, valid) = self._context(outputs), self._text(outputs, batch)
+        logits = self._write(outputs, ids, valid, context)
+        result = {}
+        if self.writes:
+            result["tokens"] = -losses.cross_entropy(logits, ids) * valid
+        else:
+            result[self.text] = logits
+        if self.choices:
+            result["choices"] = self._choose(outputs, batch, context)
+        return result
 
-        def step(i, ids):
-            # Places from i on are not seen by place i, whatever stands there.
-            logits = self._write(ids, jnp.ones(ids.shape, bool), vocabulary, context)[:, i]
-            done = ((ids == end) & (jnp.arange(length) < i)).any(1)
-            return ids.at[:, i].set(jnp.where(done, 0, logits.argmax(-1).astype(jnp.int32)))
+    def _choose(self, outputs: Outputs, batch: Batch, context: Streams) -> Array:
+        ids = self._target(batch, "choices", self.choices, 3)
+        count, flat = ids.shape[1], ids.reshape(-1, ids.shape[2])
+        valid = flat != self.padding
+        context = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), context)
+        said = -losses.cross_entropy(self._write(outputs, flat, valid, context), flat) * valid
+        tokens = valid.sum(1)
+        total = said.sum(1) / (jnp.maximum(tokens, 1) if self.mean else 1)
+        return jnp.where(tokens > 0, total, -jnp.inf).reshape(-1, count)
 
-        return jax.lax.fori_loop(0, length, step, jnp.zeros((rows, length), jnp.int32))
+    def generate(
+        self, outputs: Outputs, batch: Batch, end: int, length: int = 0, beams: int = 1, penalty: float = 0.0
+    ) -> dict:
+        """Returns ids → the text that beam search finds, int32 [B L], and likelihood → its log-probability [B].
+
+        Keys and values of the tokens before are kept: a token costs one pass of one token, for each of the texts in work.
+
+        Args:
+          end: id that ends a text; behind it stands padding.
+          length: tokens at most, 0: as many as the batch's texts have.
+          beams, penalty: see writing.beam_search.
+        """
+        context, (ids, _) = self._context(outputs), self._text(outputs, batch)
+        rows, most = ids.shape
+        length = min(length or most, most)
+        dtype = next(iter(context.values())).x.dtype.name
+        writer = Writer(*self._fields(outputs), recall=most, dtype=dtype, parent=None)
+        params = {"params": self.variables["params"]["decoder"]}
+        there = jnp.ones((rows, beams), bool)
+        blank = jnp.zeros((rows, beams), jnp.int32)
+        logits, memory = writer.apply(params, blank, there, context, 0, mutable=["told", "written"])
+        told = {**params, "told": memory["told"]}
+
+        def step(written, tokens, place):
+            logits, changed = writer.apply({**told, "written": written}, tokens, there, {}, place, mutable=["written"])
+            return logits, changed["written"]
+
+        padding = self.padding if self.writes else 0
+        ids, score = beam_search(step, memory["written"], logits, length, end, padding, penalty)
+        return {"ids": ids, "likelihood": score}
 
     def features(self, outputs: Outputs, batch: Batch) -> dict:
         """Returns per sample the sum of errors over its tokens, how many it gets right, and their number."""
-        patches = outputs.patches[self.text]
-        context = self._context(outputs)
-        logits = self._write(patches.values, patches.valid, patches.classes, context)
+        context, (ids, valid) = self._context(outputs), self._text(outputs, batch)
+        logits = self._write(outputs, ids, valid, context)
         told = jnp.stack([tokens.valid.any(1) for tokens in context.values()]).any(0) & batch.valid
-        weight = (patches.valid & told[:, None]).astype(jnp.float32)
-        right = logits.argmax(-1) == patches.values
+        weight = (valid & told[:, None]).astype(jnp.float32)
+        right = logits.argmax(-1) == ids
         return {
-            "error": (losses.cross_entropy(logits, patches.values) * weight).sum(1),
+            "error": (losses.cross_entropy(logits, ids) * weight).sum(1),
             "right": (right * weight).sum(1),
             "count": weight.sum(1),
         }

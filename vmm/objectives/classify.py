@@ -1,9 +1,10 @@
-"""Classification of labels from the fused streams; each stream votes, the votes are averaged."""
+"""Classification of labels and tags from the fused streams; each stream votes, the votes are averaged."""
 
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from vmm import losses
 from vmm.layers import Dense, Pool
@@ -16,8 +17,9 @@ class Classify(nn.Module):
     The same head serves every fusion (as MBT averages its streams' logits): after `late` the
     streams know only themselves, and the mean of their logits is the classical late fusion.
 
-    view, weight: see Recipe. labels: label → number of classes; samples without it do not count.
-    pooling, heads: see layers.Pool. smoothing: of the labels, see losses.cross_entropy.
+    view, weight: see Recipe. labels: label → number of classes; samples without it do not count. Tags (data.tags, of which
+    a clip has any number) are told each by itself: a sigmoid and a binary cross-entropy a class, their mean over classes.
+    pooling, heads: see layers.Pool. smoothing: of the labels, see losses.cross_entropy; of a tag, ε / 2 of either answer.
     """
 
     labels: Mapping[str, int]
@@ -48,6 +50,9 @@ class Classify(nn.Module):
         result = {}
         for label, logits in self.predict(outputs, batch).items():
             truth = batch.labels[label]
+            if truth.ndim == 2:
+                result[label] = self._tags(logits, truth, batch, label)
+                continue
             error, known = losses.cross_entropy(logits, truth, self.smoothing), truth >= 0
             if batch.mixed is not None:  # MixUp: each source's error by its share
                 share, others = batch.mixed.share, batch.mixed.labels[label]
@@ -61,8 +66,25 @@ class Classify(nn.Module):
             }
         return result
 
+    def _tags(self, logits: Array, truth: Array, batch: Batch, label: str) -> dict:
+        def errors(truth):
+            soft = (1 - self.smoothing) * truth + self.smoothing / 2
+            return losses.binary_cross_entropy(logits, soft).mean(-1)
+
+        error, known = errors(truth), (truth >= 0).all(-1)
+        if batch.mixed is not None:
+            share, others = batch.mixed.share, batch.mixed.labels[label]
+            theirs = [errors(others[:, k]) for k in range(others.shape[1])]
+            error = (1 - share.sum(1)) * error + (share * jnp.stack(theirs, 1)).sum(1)
+            known &= ((others >= 0).all(-1) | (share == 0)).all(1)
+        return {
+            "error": error,
+            "right": ((logits > 0) == (truth > 0)).mean(-1).astype(jnp.float32),
+            "weight": (known & batch.valid).astype(jnp.float32),
+        }
+
     def loss(self, features: dict) -> tuple:
-        """Returns the mean over labels of the mean cross-entropy of labelled samples."""
+        """Returns the mean over labels of the mean cross-entropy of labelled samples. Metrics: accuracy, of tags over all classes."""
         errors = [losses.mean(value["error"], value["weight"]) for value in features.values()]
         metrics = {
             f"{label}/accuracy": losses.mean(value["right"], value["weight"]) for label, value in features.items()

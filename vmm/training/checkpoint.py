@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,17 @@ class Damaged(UserError):
     """A checkpoint that cannot be read, or whose bytes have changed."""
 
 
+class _NewestAndBest:
+    """Which checkpoints stay, for Orbax."""
+
+    def __init__(self, keep: int, best: Callable[[], int | None]):
+        self.keep, self.best = keep, best
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps, best = [checkpoint.step for checkpoint in checkpoints], self.best()
+        return [step in steps[-self.keep :] or step == best for step in steps]
+
+
 class _Save(threading.Thread):
     """Waits for a save in the background, so that the loop can ask whether it failed."""
 
@@ -56,15 +68,16 @@ class _Save(threading.Thread):
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them. Never read or written by pickling.
 
+    best: asked at each save for the step of another that stays, None: there is none (training/early.py).
     fail_next: the next save meets a full disk (training/faults.py).
     """
 
-    def __init__(self, workdir: Path, keep: int = 2):
+    def __init__(self, workdir: Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
         self.folder = absolute(workdir) / "checkpoints"
         try:
             self.orbax = ocp.training.Checkpointer(
                 self.folder,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                preservation_policy=_NewestAndBest(keep, best),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
                 context=_context(),

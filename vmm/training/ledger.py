@@ -17,11 +17,16 @@ ACCOUNTS = ("start", "restore", "compile", "input", "steps", "again", "saving", 
 
 
 class Ledger:
-    """Accounts of one attempt. began: of the attempt, in seconds of time.time(); active: whether this process writes."""
+    """Accounts of one attempt.
+
+    began: of the attempt, in seconds of time.time(); active: whether this process writes. facts: what else its line tells:
+    the kind and number of its devices, FLOPs of a step.
+    """
 
     def __init__(self, workdir: Path, began: float, active: bool):
         self.path, self.active, self.began = workdir / "goodput.jsonl", active, began
         self.rows = rows = read_rows(self.path)
+        self.facts: dict = {}
         self.before = totals(rows)
         if rows:
             self.before["down"] += max(0.0, began - rows[-1]["at"])
@@ -81,6 +86,7 @@ class Ledger:
                 "at": self.began + self.since - self.offset,
                 "step": self.step,
                 "seconds": self.seconds,
+                **self.facts,
             }
             with contextlib.suppress(OSError):  # bookkeeping: a full disk is for the checkpoint to tell
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in [*self.rows, row]))

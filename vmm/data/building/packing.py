@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from vmm.data.asked import cut
 from vmm.data.sandbox import Answer, Died
 from vmm.data.shards import write_shard
 from vmm.data.sources.entry import Entry
@@ -122,10 +123,12 @@ def _row(
     """Returns a line of the manifest; labels are still names."""
     start, end = clip.pop("start"), clip.pop("end")
     where = {"path": entry.path, "member": entry.member, "start": start, "end": end}
+    span = (entry.start, entry.end if entry.end is not None else source.get("duration"))
+    asked = entry.asked if original else cut(entry.asked, start, end if end is not None else span[1], span)
     return {
         "id": identity, "path": path, "record": record,
         # A stored piece begins at 0; kept originals hold more than the clip.
         "start": start if original else None, "end": end if original else None,
-        "caption": list(entry.captions), "labels": entry.labels, "sha256": sha256, "media": clip,
+        "caption": list(entry.captions), "labels": entry.labels, **asked, "sha256": sha256, "media": clip,
         "source": where | source,
     }  # fmt: skip

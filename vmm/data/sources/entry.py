@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
     id: unique in the dataset. path: the file it lies in, on this machine; member: where in it, for archives
     (vmm/data/members.py). start, end: seconds, None: from the beginning, to the end. captions: phrasings. labels: name
-    → class name, or a list of class names. sha256: of the media's bytes, where the source tells it.
+    → class name, or a list of class names. asked: what tasks need (vmm/data/asked.py). sha256: of the media's bytes, where the source tells it.
     reason, detail: why the source itself already says that it is no clip.
     """
 
@@ -47,6 +47,7 @@ class Entry(NamedTuple):
     sha256: str | None = None
     reason: str | None = None
     detail: str = ""
+    asked: dict = {}
 
 
 REASONS = ("bad caption", "bad span", "bad path", "bad line", "bad label", "duplicate id", "missing")

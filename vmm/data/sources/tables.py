@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vmm.data.asked import asked_of
 from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, path_in, span_of
 from vmm.errors import UserError, one_of
 
@@ -154,7 +155,9 @@ def _entry(row: dict, number: int, folder: Path, chosen: dict, label: str) -> En
             raise Bad("bad line", "sha256 is not 64 hex digits")
         return entry._replace(
             path=path_in(folder, name), start=start, end=end, captions=captions_of(get("caption")),
-            labels=labels_of(labels), sha256=sha256,
+            labels=labels_of(labels), asked=asked_of(row), sha256=sha256,
         )  # fmt: skip
+    except UserError as error:
+        return entry._replace(reason="bad line", detail=f"line {number}: {error}")
     except Bad as error:
         return entry._replace(reason=error.reason, detail=f"line {number}: {error.detail}")
