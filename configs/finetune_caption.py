@@ -2,7 +2,8 @@
 
 On the world, from `make demo`'s published model, and by video alone: of the caption, shape, colour and motion can be known, and the
 evaluation counts them (`facts`). `scratch`: without a start. `subtitles`: on the scenes (`vmm data scenes`), from sight and
-sound, what happens when; the evaluation writes .vtt and .srt files. `small` runs in seconds, without a start. Beam search
+sound, what happens when: random windows of 4 s of clips of 8 s; the evaluation joins windows that overlap by half, as it would
+of a long video, and writes .vtt and .srt files. `small` runs in seconds, without a start. Beam search
 with the length penalty of Wu et al. (2016). Other data: data.train, data.tokenizer, the vocabulary, the facts.
 """
 
@@ -78,10 +79,11 @@ def subtitles(root: str = "data/scenes") -> dict:
         data=dict(
             train=f"{root}/train.jsonl",
             tokenizer=f"{root}/tokenizer.json",
-            clip=dict(seconds=8.0, frames=32, size=48, sample_rate=16000, text_length=8),
+            clip=dict(seconds=4.0, frames=16, size=48, sample_rate=16000, text_length=8),
+            augment=dict(window=True),
+            evaluation=dict(stride=2.0),
             targets=dict(subtitles=dict(kind="subtitles", length=56)),
             workers=1,
-            cache=2_000_000_000,
         ),
         trunk=dict(
             encoders=dict(

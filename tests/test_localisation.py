@@ -2,14 +2,23 @@
 
 import json
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
+from vmm.build import load_config
+from vmm.data import scenes as synthetic
+from vmm.data.manifest import read_manifest
 from vmm.errors import UserError
 from vmm.evals.localisation import Curve, Localisation, box_iou, matches
 from vmm.evals.predictions import lines
 from vmm.evals.segments import Detections, Window, decode, join, overlaps, soft_nms
 from vmm.evals.timeline import surest
+from vmm.evaluate import Predict
+from vmm.experiment import Experiment
+from vmm.sharding import MeshShape, make_mesh
 
 CLASSES, KINDS, STEP = 3, 4, 0.25
 
@@ -22,13 +31,16 @@ def detections(*found, kinds: int = 0) -> Detections:
 
 
 class Told:
-    """Stands for Predict: the rows of every subset."""
+    """Stands for Predict: what it says of every subset."""
 
-    def __init__(self, rows: dict):
-        self.rows = rows
+    def __init__(self, values: dict):
+        self.values = values
 
     def ask(self, manifest: str, subset: str) -> dict | None:
-        return self.rows if subset in ("V", "VA") else None
+        return self.values if subset in ("V", "VA") else None
+
+    def rows(self, manifest: str) -> list:
+        return read_manifest(manifest)
 
 
 def average_precision(score, right, weight, total):
@@ -202,10 +214,8 @@ def test_windows_give_what_the_whole_gives(tmp_path):
         assert values["V/participants_F1"] == values["V/participants_exact"] == 1.0
         assert values["V/clip/recall@0.5"] == 1.0
         assert values["events"] == sum(map(len, clips))
-        rows = told.rows
+        rows = told.values
         parts = {key.partition("/")[2]: value for key, value in rows.items() if key.startswith("events/")}
-        from vmm.data.manifest import read_manifest
-
         mine = evaluator.clips(rows, parts, read_manifest(data), np.ones(len(rows["row"]), bool))
         found.append([sorted(zip(c.found.start.round(4), c.found.end.round(4), c.found.label)) for c in mine])
     assert found[0] == found[1] == found[2]
@@ -315,3 +325,35 @@ def test_bad_fields_are_one_line():
 def test_only_the_surest_of_a_time_is_drawn():
     found = detections((0, 2, 0.9, 0), (0.1, 2, 0.8, 1), (3, 4, 0.5, 1), (5, 6, 0.01, 0))
     assert surest(found, 0.1).start.tolist() == [0, 3]
+
+
+def test_a_model_is_asked_window_by_window(tmp_path):
+    """From files through a model that has learned nothing; windows of 4 s of clips of 8 s."""
+    synthetic.generate(tmp_path, {"train": 2, "test": 2})
+    config = load_config(str(ROOT / "configs" / "finetune_localise.py") + ":small")
+    config["data"] |= {
+        "train": f"{tmp_path}/train.jsonl",
+        "tokenizer": f"{tmp_path}/tokenizer.json",
+        "evaluation": dict(stride=2.0),
+        "workers": 0,
+    }
+    config["data"]["clip"] |= dict(seconds=4.0, frames=8)
+    config["objectives"]["events"] |= dict(seconds=4.0, steps=8)
+    config["evals"] = {"events": dict(kind="localisation", data=f"{tmp_path}/test.jsonl", subsets=("V", "VA", "VT"))}
+    experiment = Experiment(config)
+    rng = np.random.default_rng(0)
+    shapes = jax.tree.map(
+        lambda leaf: leaf.shape, nn.unbox(experiment.shapes), is_leaf=lambda leaf: hasattr(leaf, "shape")
+    )
+    params = jax.tree.map(
+        lambda shape: np.float32(rng.normal(size=shape) * 0.1), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    predict = Predict(experiment, params, make_mesh(MeshShape(), jax.devices()[:1]))
+    values = experiment.evals["events"](predict)
+    asked = predict.ask(f"{tmp_path}/test.jsonl", "VA")
+    assert asked["row"].tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_allclose(asked["start"], [0, 2, 4] * 2, atol=1e-6)
+    events = [row.events for row in read_manifest(f"{tmp_path}/test.jsonl")]
+    assert values["events"] == sum(map(len, events))
+    assert {key.split("/")[0] for key in values} == {"clips", "events", "V", "VA"}
+    assert 0 <= values["VA/mAP"] <= 1

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from contracts import block_flops
 from test_layers import parameters
 
 from vmm import losses
@@ -15,6 +16,7 @@ from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.objectives.localise import Localise, assign, resampling
 from vmm.objectives.overlap import box_overlap, interval_overlap
+from vmm.training.metrics import count_flops
 from vmm.types import Batch, Outputs, Patches, Tokens
 
 B, D = 4, 8
@@ -244,6 +246,22 @@ def test_registers_and_hidden_tokens_have_no_step():
     one, other = told(outputs.fused), told(turned)
     for key in one:
         np.testing.assert_allclose(other[key], one[key], atol=1e-5)
+
+
+def test_flops_are_the_closed_form():
+    module, params, _, _ = functions()
+
+    def tell(params, x):
+        fused = {name: tokens._replace(x=x[name]) for name, tokens in view().fused.items()}
+        return module.apply({"params": params}, view()._replace(fused=fused), method="_tell")
+
+    points, width, steps, heads = 2, 16, 8, 3 + 6 + 2
+    expected = block_flops(steps, width) + 2 * steps * width * heads
+    for t, *rest in GRIDS.values():
+        count, axes = t * int(np.prod(rest)), len(rest)
+        expected += 4 * count * points * (D + axes) + 2 * t * points * (D + 2 * axes) * width
+        expected += 2 * steps * t * (width + 1)
+    assert count_flops(jax.jit(tell), params, CONTENT) == B * expected
 
 
 @pytest.mark.parametrize(

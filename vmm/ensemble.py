@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vmm.build import digest, write_text
-from vmm.data.manifest import manifest_digest
+from vmm.data.manifest import Row, manifest_digest
 from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure, print_tables, write_found
 from vmm.experiment import Experiment, numbers
@@ -43,6 +43,10 @@ class Ensemble:
             return None
         found = [member.ask(manifest, subset, method, **static) for member in self.members]
         return blend(found, self.experiment)
+
+    def rows(self, manifest: str) -> list[Row]:
+        """As Predict.rows."""
+        return self.members[0].rows(manifest)
 
     def embed(self, texts: Sequence[str]) -> dict:
         """As Predict.embed."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmm.data.manifest import Row, read_manifest
+from vmm.data.manifest import Row
 from vmm.errors import UserError
 from vmm.evals.classification import heads, shown_clips
 from vmm.evals.scored import Measured, Measuring, Scored
@@ -219,7 +219,7 @@ class Localisation(Measuring):
 
     def measure(self, predict: Callable, prepared: Any) -> Measured:
         """Returns the scores under "subset"; each clip's recall under "subset/clip"."""
-        manifest = read_manifest(self.data, True)
+        manifest = predict.rows(self.data)
         if not any(row.events for row in manifest):
             raise UserError(f"dataset {self.data}: no clip has an event; give rows a key `events`, or another dataset")
         scored, notes = [], {}

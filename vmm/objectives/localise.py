@@ -152,7 +152,7 @@ class Localise(nn.Module):
         """Returns of each step: logits [B steps Y], segments [B steps 2] in seconds, boxes, participants (logits).
 
         FLOPs forward a sample: for each stream of N tokens in t steps, with p points over a axes, 4 N p (D + a) + 2 t p
-        (D + 2 a) W + 2 steps t W; then depth · block(steps, W) + 2 steps W (Y + 6 + P).
+        (D + 2 a) W + 2 steps t (W + 1), 2 t D W + … where there are none; then depth · block(steps, W) + 2 steps W (Y + 6 + P).
         """
         names = self._check(outputs)
         lines = [self._line(name, outputs.fused[name], outputs.patches[name].grid) for name in names]
