@@ -18,7 +18,7 @@ VARIANTS["finetune_identity.py"] = ("", "scratch", "small")
 VARIANTS["finetune_caption.py"] = ("", "scratch", "subtitles", "small")
 VARIANTS["finetune_answer.py"] = ("", "choices", "dialogue", "scratch", "small")
 VARIANTS["world_frames.py"] = ("", "future", "denoise", "adversary", "small")
-VARIANTS["real_digits.py"] = ("", "probe", "finetune", "scratch", "quick")
+VARIANTS["real_digits.py"] = ("", "finetune", "scratch", "quick")
 VARIANTS["finetune_classify.py"] = ("", "probe", "lora", "layer_decay", "scratch", "small")
 
 

@@ -212,6 +212,8 @@ def test_truth_is_perfect_in_windows_and_files(tmp_path):
     assert found["V/tIoU"] == found["V/f1"] == found["V/rouge_l"] == pytest.approx(1.0)
     assert found["V/seconds"] == pytest.approx(0.0, abs=1e-6) and found["clips"] == 3
     assert found["V/cider"] == pytest.approx(10.0)
+    # One of the next clip's segments overlaps: nothing with three, one with nothing, three with one (2 to 3 s of 2 to 4).
+    assert found["chance/tIoU"] == pytest.approx((0 + 0 + max(1 / 3, 0.5 / 2.5) / 3) / 3)
     assert {path.name for path in (tmp_path / "made").iterdir()} == {
         f"clips_{number}{ending}" for number in range(4) for ending in (".vtt", ".srt")
     }

@@ -10,10 +10,10 @@ which share a picture or a recording.
 """
 
 import argparse
-import functools
 import gzip
 import json
 import multiprocessing
+import os
 import sys
 import wave
 from fractions import Fraction
@@ -34,7 +34,7 @@ MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 LABELS = {"digit": WORDS, "speaker": SPEAKERS, "motion": tuple(MOTIONS)}
 SPLITS = {"test": range(0, 10), "validation": range(10, 15), "train": range(15, 50)}
 REPEATS = {"test": 1, "validation": 1, "train": 3}  # clips a recording
-SUBSETS, SEEDS = (5, 20, 40, 100), 5  # labelled clips a class; draws of them
+SUBSETS, SEEDS = (5, 20, 40, 70, 100), 5  # labelled clips a class; draws of them
 
 
 def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -170,9 +170,13 @@ def make(source: Path, out: Path, share: float = 1.0, seed: int = 0) -> None:
             lines[split].append(
                 {"id": name, "path": name, "caption": WORDS[int(digit)], "labels": classes, "source": origin}
             )
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        for _ in pool.imap_unordered(write, jobs, chunksize=32):
-            pass
+    if len(jobs) < 512:  # starting processes costs more than the work
+        for job in jobs:
+            write(job)
+    else:
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:
+            for _ in pool.imap_unordered(write, jobs, chunksize=32):
+                pass
     for split, rows in lines.items():
         _write_lines(out / f"{split}.jsonl", rows)
     for count in SUBSETS:
@@ -208,7 +212,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the clips (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    functools.partial(make, args.source, args.out)(args.share, args.seed)
+    make(args.source, args.out, args.share, args.seed)
 
 
 if __name__ == "__main__":

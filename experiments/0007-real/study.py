@@ -31,7 +31,7 @@ SUBSETS = {"V": "seen", "A": "heard", "VA": "both"}
 # Variant → (config's variant, overrides). Scratch gets two budgets, and is compared at the better one.
 VARIANTS = {
     "scratch": ("scratch", ()),
-    "scratch, 3 × as long": ("scratch", ("steps=900", "save_every=900")),
+    "scratch, twice as long": ("scratch", ("steps=800", "save_every=800")),
     "fine-tuned": ("finetune", ()),
 }
 PROBE = "linear probe"  # logistic regression on frozen features, by the evaluator of that name on the pretrained run
@@ -78,7 +78,7 @@ def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluate
     data = out / "data"
     digits.make(source, data, share=0.05 if quick else 1.0)
     common = [f"data.tokenizer={data}/tokenizer.json"]
-    brief = ["steps=20", "save_every=20", "optim.warmup=5"] if quick else []
+    brief = ["steps=20", "save_every=20", "optim.warmup=5", "batch=16"] if quick else []
     # An evaluator a draw, named as in the other runs, so that `vmm compare` finds both.
     probes = {
         f"draw{seed}": dict(
@@ -93,7 +93,7 @@ def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluate
     right: dict = {PROBE: [correct(pretrained, name) for name in probes]}
     for seed in range(seeds):
         for name, (variant, overrides) in VARIANTS.items():
-            workdir = out / f"{name.replace(' × ', 'x').replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
+            workdir = out / f"{name.replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
             words = [*common, f"data.train={data}/train-{count}-{seed}.jsonl", f"seed={seed}", *overrides, *brief]
             scored = dict(kind="classification", data=f"{data}/{evaluated}.jsonl", subsets=tuple(SUBSETS))
             words += [f"evals={ {f'draw{seed}': scored} }"]

@@ -62,7 +62,7 @@ class Subtitles(Measuring):
     length: int = 0
 
     def measure(self, predict: Callable, prepared: Any) -> Measured:
-        """Returns the scores under the subset; note: clips."""
+        """Returns the scores under the subset; notes: clips, and the scores of another clip's true subtitles, "chance"."""
         scored, notes, folder = [], {}, self.folder
         for subset in self.subsets:
             rows = written(predict, self, subset)
@@ -79,6 +79,9 @@ class Subtitles(Measuring):
             true = [self._true(clips[row].texts[self.of], clips[row].id) for row in told]
             scored.append(self._score(subset, np.array(told), [found[row] for row in told], true))
             notes["clips"] = float(len(told))
+            # What the true subtitles of the next clip are worth: right by chance.
+            other = self._score("chance", np.array(told), true[1:] + true[:1], true).numbers()
+            notes |= {key: other[key] for key in ("chance/tIoU", "chance/cider", "chance/rouge_l")}
         return Measured(scored, notes)
 
     def found(self, rows: dict, seconds: float) -> dict[int, list[Segment]]:
