@@ -2,7 +2,7 @@
 
 The data is what `experiments/0007-real/make.py` writes of MNIST and the Free Spoken Digit Dataset (the AV-MNIST recipe).
 "": sight and sound of a clip are contrasted, and both reconstructed from half of their patches. `finetune`: a run of that
-learns the digit from labelled clips, each layer at 0.75 of the rate above it, a new head at ten times. `scratch`: as
+learns the digit from labelled clips, each layer at 0.75 of the rate above it, a new head at five times. `scratch`: as
 `finetune`, without a start. `quick`: as "", in seconds. Labelled clips are shown one stream at a time, whose heads'
 votes are averaged where both are there: evaluated on sight, on sound, and on both.
 """
@@ -58,7 +58,7 @@ def get_config(variant: str = "") -> dict:
     )  # fmt: skip
     config["evals"] = dict(
         retrieval=dict(kind="retrieval", data=f"{ROOT}/validation.jsonl", objective="contrast"),
-        digits=dict(kind="probe", train=f"{ROOT}/train-20-0.jsonl", data=f"{ROOT}/validation.jsonl", subsets=SUBSETS),
+        digits=dict(kind="probe", train=f"{ROOT}/train-200-0.jsonl", data=f"{ROOT}/validation.jsonl", subsets=SUBSETS),
     )
     return config
 
@@ -66,16 +66,16 @@ def get_config(variant: str = "") -> dict:
 def labels(config: dict, variant: str) -> dict:
     """Returns the groups of a training on labelled clips."""
     rates = dict(
-        finetune=dict(learning_rate=5e-4, layer_decay=0.75, rate_rules=(("objective_.*", 10.0), (".*", 1.0))),
+        finetune=dict(learning_rate=1e-3, layer_decay=0.75, rate_rules=(("objective_.*", 5.0), (".*", 1.0))),
         scratch=dict(learning_rate=1e-3),
     )
     augment = AUGMENT | dict(drop=1.0, mixup=dict(alpha=0.4))
     return dict(
-        steps=400,
-        data=config["data"] | dict(train=f"{ROOT}/train-40-0.jsonl", augment=augment),
+        steps=600,
+        data=config["data"] | dict(train=f"{ROOT}/train-200-0.jsonl", augment=augment),
         objectives=dict(labels=dict(kind="classify", labels=LABELS)),
         optim=dict(warmup=40, weight_decay=0.05, ema=0.99) | rates[variant],
         init_from={} if variant == "scratch" else "runs/digits",
         evals=dict(digits=dict(kind="classification", data=f"{ROOT}/validation.jsonl", subsets=SUBSETS)),
-        save_every=400,
+        save_every=600,
     )

@@ -191,6 +191,20 @@ def test_views_lie_evenly():
         EvaluationViews(clips=0)
 
 
+def test_views_without_the_stream_say_nothing():
+    """A clip of three windows, of which the middle one is silent, and one of two that are."""
+    values = {
+        "row": np.array([0, 0, 0, 1, 1]), "present/audio": np.array([True, False, True, False, False]),
+        "present/video": np.ones(5, bool), "numbers/mood": np.array([0.8, np.nan, 0.6, 0.0, 0.2]),
+        "label/x": np.array([3, 3, 3, 4, 4]), "start": np.array([0.0, 2, 4, 0, 2], np.float32),
+    }  # fmt: skip
+    got = mean_of_views(values, ("audio",))
+    assert got["numbers/mood"] == pytest.approx([0.7, 0.1]) and got["present/audio"].tolist() == [True, False]
+    assert got["label/x"].tolist() == [3, 4] and got["start"].tolist() == [0, 0]
+    values["numbers/mood"][1] = 0.1
+    assert mean_of_views(values, ("video", "audio"))["numbers/mood"] == pytest.approx([0.5, 0.1])
+
+
 def test_windows_overlap_as_far_as_a_long_clip_goes():
     views = EvaluationViews(stride=3.0)
 
@@ -244,7 +258,7 @@ def test_views_are_averaged_and_labels_are_not():
         "label/kind": np.array([4, 4, 4, 7, 7]),
         "present/video": np.array([True, True, True, False, False]),
     }
-    got = mean_of_views(values)
+    got = mean_of_views(values, ("video",))
     assert got["row"].tolist() == [0, 2]
     assert got["labels/kind"].tolist() == [[3, 3], [0.5, 2]]
     assert got["labels/kind"].dtype == np.float32

@@ -140,7 +140,9 @@ def ask_of(rows: dict):
 def test_the_evaluator_is_the_mean_over_frames_and_then_clips():
     evaluator = EVALS["pictures"](data="m", view="shown")
     assert isinstance(evaluator, Pictures)
-    assert evaluator.asks  # no robustness suite: what is predicted of noisy clips is only of the view that hides nothing
+    assert (
+        evaluator.asks
+    )  # no robustness suite: what is predicted of noisy clips is only of the view that hides nothing
     # Three clips of three frames; the second lacks its video; frames that were shown are not counted.
     share = [[0, 1, 1], [0, 1, 1], [0, 0, 0.25]]
     scores = {

@@ -5,7 +5,7 @@ import pytest
 
 from vmm.data import subtitles, text
 from vmm.data.manifest import Row
-from vmm.data.subtitles import Segment, line_of, merge, of_window, parse, read, segment_of, spell, write
+from vmm.data.subtitles import Segment, Window, line_of, merge, of_window, parse, read, segment_of, spell, write
 from vmm.data.targets import make_targets
 from vmm.errors import UserError
 from vmm.evals.captions import Cider
@@ -116,15 +116,26 @@ def test_what_is_badly_written_is_read_as_far_as_it_goes():
 
 
 def test_windows_are_made_one():
-    first = [Segment(1.0, 2.0, "a"), Segment(3.0, 4.0, "b is cut")]
-    second = [Segment(1.1, 1.9, "A"), Segment(4.2, 5.0, "b is  cut"), Segment(5.5, 7.0, "c")]
-    third = [Segment(5.6, 7.2, "another word"), Segment(9.0, 9.5, "c")]
+    first = Window(0.0, 4.0, [Segment(1.0, 1.9, "a"), Segment(3.0, 4.0, "b is cut")])
+    second = Window(2.0, 6.0, [Segment(3.1, 5.0, "another"), Segment(5.5, 6.0, "c"), Segment(2.0, 2.1, "d")])
+    third = Window(4.0, 8.0, [Segment(4.0, 5.1, "b  IS cut"), Segment(5.6, 7.2, "another"), Segment(7.5, 7.6, "e")])
+    # b: seen whole by the second, but the first is surer of its words and start; c: the third saw its end.
     assert merge([first, second, third]) == [
-        Segment(1.0, 2.0, "a"), Segment(3.0, 5.0, "b is cut"), Segment(5.5, 7.0, "c"), Segment(9.0, 9.5, "c"),
+        Segment(1.0, 1.9, "a"), Segment(2.0, 2.1, "d"), Segment(3.0, 5.0, "b is cut"), Segment(5.5, 7.2, "c"),
+        Segment(7.5, 7.6, "e"),
     ]  # fmt: skip
-    # What one window says twice, it means twice; a long word over three windows is one.
-    assert merge([[Segment(0, 1, "a"), Segment(1.1, 2, "a")]]) == [Segment(0, 1, "a"), Segment(1.1, 2, "a")]
-    assert merge([[Segment(4, 8, "l")], [Segment(0, 4, "l")], [Segment(8, 9, "l")]]) == [Segment(0, 9, "l")]
+    # The other way round the third's times of b are of its first edge.
+    assert merge([third, first])[1:3] == [Segment(3.0, 5.1, "b  IS cut"), Segment(5.6, 7.2, "another")]
+    # What one window says twice, it means twice; words that go on over three windows are one.
+    assert merge([Window(0, 2, [Segment(0, 1, "a"), Segment(1.1, 2, "a")])]) == [
+        Segment(0, 1, "a"),
+        Segment(1.1, 2, "a"),
+    ]
+    long = [Window(4, 8, [Segment(4, 8, "l")]), Window(0, 4, [Segment(1, 4, "l")]), Window(8, 12, [Segment(8, 9, "l")])]
+    assert merge(long) == [Segment(1, 9, "l")]
+    assert merge([Window(0, 4, [Segment(1, 2, "a")]), Window(2, 6, [Segment(2.5, 3, "a")])]) == [
+        Segment(1, 2, "a"), Segment(2.5, 3, "a"),
+    ]  # fmt: skip
 
 
 def row(number: int, *lines: str, known: bool = True) -> Row:

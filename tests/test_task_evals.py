@@ -3,11 +3,25 @@
 import numpy as np
 import pytest
 
+from vmm.data.manifest import Row
 from vmm.errors import UserError
 from vmm.evals import EVALS
 from vmm.evals.identity import Identity, verification
 from vmm.evals.prompts import FewShot, ZeroShot
 from vmm.evals.regression import Regression
+
+
+class Manifest:
+    """Predictions beside what a manifest tells; the latter alone knows labels that data.labels does not name."""
+
+    def __init__(self, found: dict, labels: list[dict]):
+        self.found, self.labels = found, labels
+
+    def __call__(self, data, subset):
+        return self.found if subset == "V" else None
+
+    def rows(self, data) -> list[Row]:
+        return [Row(str(i), "", None, None, (), labels) for i, labels in enumerate(self.labels)]
 
 
 def rows_of(count: int, **more) -> dict:
@@ -86,6 +100,18 @@ def test_identity_of_truth_and_of_noise():
     assert low == high == 1.0
 
 
+def test_labels_that_training_lacks_are_read_from_the_manifest():
+    x = np.array([[1, 0], [0, 1], [0.9, 0.1], [0.6, 0.8], [0.8, 0.6]])
+    rows = rows_of(5, **{"identity/embedding": x})
+    told = [{"who": 0}, {"who": 1}, {"who": 0}, {"who": 1}, {"who": 1}]
+    assert Identity("test", "who", subsets=("V",))(Manifest(rows, told))["V/rank-1"] == pytest.approx(2 / 3)
+    for labels in (told[:4] + [{"who": [1]}], None):
+        if labels is None:
+            rows["label/who"] = np.zeros((5, 3), int)
+        with pytest.raises(UserError, match="'who' of test are tags"):
+            Identity("test", "who", subsets=("V",))(Manifest(rows, labels or told))
+
+
 def test_rank_one_by_hand():
     x = np.array([[1, 0], [0, 1], [0.9, 0.1], [0.6, 0.8], [0.8, 0.6]])
     rows = rows_of(5, **{"identity/embedding": x, "label/who": np.array([0, 1, 0, 1, 1])})
@@ -93,8 +119,8 @@ def test_rank_one_by_hand():
     assert Identity("test", "who", subsets=("V",))(lambda data, subset: rows)["V/rank-1"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match=r"labels\.who: 2 identities of at most 3 clips"):
         Identity("test", "who", subsets=("V",), gallery=3)(lambda data, subset: rows)
-    with pytest.raises(UserError, match="without label 'whom'.*who"):
-        Identity("test", "whom", subsets=("V",))(lambda data, subset: rows)
+    with pytest.raises(UserError, match="no clip of test has a label 'whom'.*who"):
+        Identity("test", "whom", subsets=("V",))(Manifest(rows, [{"who": 0}]))
 
 
 # Prompts.
@@ -107,12 +133,15 @@ class Words:
         rng = np.random.default_rng(2)
         self.labels, self.knows = rng.integers(0, 4, count), knows
         x = np.eye(4)[self.labels] + 0.05 * rng.normal(size=(count, 4))
-        self.rows = rows_of(
+        self.found = rows_of(
             count, **{"contrast/video": x if knows else rng.normal(size=(count, 4)), "label/shape": self.labels}
         )
 
     def __call__(self, data, subset):
-        return self.rows if subset == "V" else None
+        return self.found if subset == "V" else None
+
+    def rows(self, data):
+        return [Row("a", "", None, None, (), {"shape": 0})]
 
     def embed(self, texts):
         self.texts = texts
@@ -150,7 +179,7 @@ def test_what_prompts_cannot_do_is_one_line():
         (ZeroShot("test", NAMES, {"colour": ("{}",)}), "none for 'shape'"),
         (ZeroShot("test", NAMES, objective="other"), "'other' embeds no text"),
         (FewShot("train", "test", ("shape",), shots=(300,)), "300 clips a class, but train has only"),
-        (FewShot("train", "test", ("colour",)), "without label 'colour'"),
+        (FewShot("train", "test", ("colour",)), "no clip of train has a label 'colour'"),
     ):
         with pytest.raises(UserError, match=message):
             evaluator(model)

@@ -116,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("folder", type=Path, help="where to write")
     index.add_argument("--streams", nargs="+", default=[], help="streams embedded (default: all but text)")
 
+    index.add_argument(
+        "--stride",
+        type=float,
+        default=0.0,
+        help="seconds between the windows of long clips (default: the middle one alone)",
+    )
+
     similar = commands.add_parser("similar", help="clips of an index that are like a clip, a file or words")
     similar.add_argument("folder", type=Path, help="what `vmm index` wrote")
     similar.add_argument("--clip", default="", metavar="ID", help="a clip of the index")
@@ -196,7 +203,7 @@ def _run(args) -> int | None:
     elif args.command == "index":
         from vmm.similar import write_index
 
-        write_index(args.model, args.manifest, args.folder, args.streams)
+        write_index(args.model, args.manifest, args.folder, args.streams, args.stride)
     elif args.command == "similar":
         from vmm.similar import ask
 

@@ -65,8 +65,9 @@ def average(
     if (out / "checkpoints").exists() or (out / "config.json").exists():
         raise UserError(f"{out}: holds a run already; choose another folder")
     name, better = _goal(greedy) if greedy else ("", 0)
-    configs = {workdir: _config(to_path(workdir)) for workdir in map(str, workdirs)}
-    first = str(workdirs[0])
+    names = [str(to_path(workdir)) for workdir in workdirs]  # one spelling of each
+    configs = {workdir: _config(to_path(workdir)) for workdir in names}
+    first = names[0]
     experiments = {workdir: Experiment(config) for workdir, config in configs.items()}
     for workdir in configs:
         _same_model(experiments[first], experiments[workdir], first, workdir)

@@ -70,7 +70,7 @@ def _to_vmm(source: Source, out: Path, name: str | Path) -> Report:
         "converted_from": source.kind,
         "model": source.model,
         "clip": source.clip,
-        **source.asked,
+        **{"labels": {}, **source.asked},
     }
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(out / "README.md", _card(source, experiment))

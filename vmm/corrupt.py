@@ -87,6 +87,7 @@ class Captions:
         self.ids = ids
         _, self.same = np.unique(np.asarray(texts, dtype=str), return_inverse=True)
         self.there = np.flatnonzero([bool(text) for text in texts])
+        self.differ = len({text for text in texts if text}) > 1
 
     def other(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Returns the ids of the caption of a random clip whose caption is another.

@@ -20,6 +20,7 @@ from vmm.build import digest, write_text
 from vmm.corrupt import SEVERITIES, Captions, corrupt
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import Row, manifest_digest, read_manifest
+from vmm.data.targets import fill
 from vmm.data.text import encode, load_tokenizer
 from vmm.errors import UserError
 from vmm.evals.predictions import lines, write_predictions
@@ -43,8 +44,9 @@ class Predict:
     model has not. Of several views of a clip it is their mean; `ask` gives each.
     """
 
-    def __init__(self, experiment: Experiment, params, mesh):
-        self.experiment, self.params, self.mesh = experiment, params, mesh
+    def __init__(self, experiment: Experiment, params, mesh, strict: bool = True):
+        """strict: a manifest must have the labels and targets of data.labels, tags and targets."""
+        self.experiment, self.params, self.mesh, self.strict = experiment, params, mesh, strict
         self.memory: dict = {}
         self.captions: dict = {}
         self.forward = self._jit("predict")
@@ -73,7 +75,7 @@ class Predict:
         if (manifest, subset) not in self.memory:
             # One pass over the data for all subsets: decoding costs more than predicting.
             for (mine, _), values in self._run(manifest, [s for s in SUBSETS if self.knows(s)]).items():
-                self.memory[manifest, mine] = mean_of_views(values)
+                self.memory[manifest, mine] = mean_of_views(values, SUBSETS[mine])
         return self.memory[manifest, subset]
 
     def ask(self, manifest: str, subset: str, method: str = "predict", **static) -> dict | None:
@@ -124,20 +126,23 @@ class Predict:
     def corrupted(self, manifest: str, subsets: Collection[str], name: str) -> dict[int, dict[str, dict]]:
         """Returns severity → subset → predictions of clips under a corruption (vmm/corrupt.py), in one pass; not kept.
 
-        Which streams a clip has is told as for the clean clips, so that every score is of the same clips.
+        Which streams a clip has is told as for the clean clips, so that every score is of the same clips. Empty where
+        nothing can be corrupted so: captions that are all the same.
         """
+        if name == "wrong_caption" and not self._captions(manifest).differ:
+            return {}
         found = self._run(
             manifest, [s for s in subsets if self.knows(s)], [(name, severity) for severity in SEVERITIES]
         )
         result: dict = {severity: {} for severity in SEVERITIES}
         for (subset, (_, severity)), values in found.items():
-            result[severity][subset] = mean_of_views(values)
+            result[severity][subset] = mean_of_views(values, SUBSETS[subset])
         return result
 
     def _captions(self, manifest: str) -> Captions:
         if manifest not in self.captions:
             data, length = self.experiment.data, self.experiment.clip.text_length
-            texts = [row.captions[0] if row.captions else "" for row in read_manifest(manifest, bool(data.remote))]
+            texts = [fill(data.text, row, (*row.captions, "")[0]) for row in self.rows(manifest)]
             tokenizer = load_tokenizer(data.tokenizer)
             self.captions[manifest] = Captions(texts, np.stack([encode(tokenizer, text, length) for text in texts]))
         return self.captions[manifest]
@@ -155,7 +160,7 @@ class Predict:
         captions = self._captions(manifest) if wrong else None
         batches = evaluation_batches(
             manifest, experiment.data, experiment.clip, batch=size, host=host, hosts=hosts,
-            views=experiment.evaluation, modalities=experiment.modalities,
+            views=experiment.evaluation, modalities=experiment.modalities, strict=self.strict,
         )  # fmt: skip
         for batch, rows, starts in batches:
             told = {f"present/{name}": there for name, there in batch.present.items()}
@@ -187,22 +192,32 @@ class Predict:
         return result
 
 
-def mean_of_views(values: Mapping) -> dict:
+def mean_of_views(values: Mapping, shown: Sequence[str]) -> dict:
     """Returns one row a clip: the mean over its views of what is predicted (floats), the first of what is told.
 
-    values: arrays [n …] with "row", the clip's number, ascending.
+    Views that have none of the streams shown are left out where others have some: they say nothing of the clip. A clip has
+    a stream if any of its views has.
+
+    values: arrays [n …] with "row", the clip's number, ascending, and "present/…". shown: streams.
     """
-    _, first, of_clip, count = np.unique(values["row"], return_index=True, return_inverse=True, return_counts=True)
+    _, first, of_clip = np.unique(values["row"], return_index=True, return_inverse=True)
     if len(first) == len(values["row"]):
         return dict(values)
+    some = np.logical_or.reduce([values[f"present/{name}"] for name in shown if f"present/{name}" in values])
+    none = ~np.logical_or.reduceat(some, first)
+    weight = np.where(none[of_clip], 1.0, some)
+    count = np.add.reduceat(weight, first)
     result = {}
     for key, value in values.items():
-        if not np.issubdtype(value.dtype, np.floating) or key == "start" or key.startswith("target/"):
+        if key.startswith("present/"):
+            result[key] = np.logical_or.reduceat(value, first)
+        elif not np.issubdtype(value.dtype, np.floating) or key == "start" or key.startswith("target/"):
             result[key] = value[first]
-            continue
-        total = np.zeros((len(first), *value.shape[1:]), np.float64)
-        np.add.at(total, of_clip, value)
-        result[key] = (total / count.reshape(-1, *(1,) * (value.ndim - 1))).astype(value.dtype)
+        else:
+            each = weight.reshape(-1, *(1,) * (value.ndim - 1))
+            # Not 0 times: what is said of nothing may be anything.
+            total = np.add.reduceat(np.where(each > 0, value.astype(np.float64), 0.0), first)
+            result[key] = (total / count.reshape(-1, *(1,) * (value.ndim - 1))).astype(value.dtype)
     return result
 
 

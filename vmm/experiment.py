@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from vmm import adapters, perturb
 from vmm.augment import CutMix, MixUp, SpecAugment, augment
 from vmm.build import build, make
 from vmm.data import text
+from vmm.data.manifest import Row
 from vmm.data.media import check_size
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
 from vmm.data.targets import make_targets
@@ -108,7 +109,7 @@ class Card:
     model is for, and what not. limits: what it is known to do badly. base_model: the Hub's name of what init_from names.
     """
 
-    licence: str = "apache-2.0"
+    licence: str = "unknown"
     data_licence: str = ""
     intended_use: str = ""
     out_of_scope: str = ""
@@ -148,7 +149,7 @@ class Experiment:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
         watched = self.early.metric.split("/")[0]
-        if c.early and watched not in self.evals:
+        if self.early.metric and watched not in self.evals:
             raise UserError(
                 f"early.metric: {self.early.metric!r} is of no evaluator of `evals`; {one_of(watched, self.evals)}"
             )
@@ -245,12 +246,20 @@ class Experiment:
     def _check_events(self) -> None:
         """Raises UserError where a head is for other events or another window than the data's."""
         for name, spec in self.config.objectives.items():
+            if spec.get("kind") in ("localise", "moments") and {
+                clip.seconds for clip in bucket_clips(self.data, self.clip)
+            } != {spec.get("seconds")}:
+                raise UserError(
+                    f"objectives.{name}.seconds: {spec.get('seconds')}, but windows are of "
+                    f"{', '.join(f'{clip.seconds:g}' for clip in bucket_clips(self.data, self.clip))} s (data.clip, "
+                    "data.buckets); this objective knows one length, give it that"
+                )
             target = self.data.targets.get(spec.get("events", "events"), {})
             if spec.get("kind") != "localise" or target.get("kind") != "events":
                 continue
-            for key, theirs in {"participants": 0, **target, "seconds": self.clip.seconds}.items():
-                if key in ("classes", "participants", "seconds") and spec.get(key, 0) != theirs:
-                    where = "data.clip" if key == "seconds" else "data.targets." + spec.get("events", "events")
+            for key, theirs in {"participants": 0, **target}.items():
+                if key in ("classes", "participants") and spec.get(key, 0) != theirs:
+                    where = "data.targets." + spec.get("events", "events")
                     raise UserError(
                         f"objectives.{name}.{key}: {spec.get(key, 0)}, but {where}.{key} is {theirs}; give both the same"
                     )
@@ -259,6 +268,17 @@ class Experiment:
                     f"data.augment: flip and area move what is seen, and not the boxes of objectives.{name}; take them out, "
                     "or set its boxes=False"
                 )
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Raises UserError where training clips have more identities than their head (`identify`) knows."""
+        for name, spec in self.config.objectives.items():
+            if spec.get("kind") == "identify":
+                most = max((row.labels.get(spec["label"], -1) for row in rows), default=-1)
+                if most >= spec["classes"]:
+                    raise UserError(
+                        f"objectives.{name}.classes: {spec['classes']}, but a training clip is of identity {most} "
+                        f"(labels.{spec['label']}); raise it to {most + 1}"
+                    )
 
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}

@@ -24,6 +24,7 @@ import vmm
 from vmm.build import write_text
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
+from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
 
 FORMAT = 1
@@ -45,7 +46,10 @@ class Similar:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            self.items = [json.loads(line) for line in (self.folder / "items.jsonl").read_text("utf-8").splitlines()]
+            # Not splitlines(): a caption may hold U+2028.
+            self.items = [
+                json.loads(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
+            ]
             self.vectors = load_file(self.folder / "vectors.safetensors")["vectors"]
             self.graph = Index.restore(str(self.folder / "graph.usearch"))
         except Exception as error:  # four readers, of which each has errors of its own
@@ -86,13 +90,15 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def embed_clips(model, manifest: str, streams: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+def embed_clips(
+    model, manifest: str, streams: Sequence[str] = (), stride: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns unit vectors [n E] of a manifest's clips, and the rows [n] that they are of: those that have any of the streams.
 
-    A clip's vector is the sum of its streams' unit embeddings (of a model with a contrastive objective), over the views of
-    data.evaluation.
+    A clip's vector is the sum of its streams' unit embeddings (of a model with a contrastive objective).
 
-    model: from vmm.load. streams: of the model's, all but text by default.
+    model: from vmm.load. streams: of the model's, all but text by default. stride: seconds between the windows of a long clip,
+    whose vectors are summed; 0: its middle window alone.
 
     Raises:
       UserError: a stream that the model lacks, or streams whose embeddings cannot be summed.
@@ -108,7 +114,7 @@ def embed_clips(model, manifest: str, streams: Sequence[str] = ()) -> tuple[np.n
     embed = jax.jit(lambda params, inputs: model.recipe.apply({"params": params}, inputs, method="embed"))
     total, rows = [], []
     for batch, row, _ in evaluation_batches(
-        manifest, data, model.experiment.clip, batch=16, views=model.experiment.evaluation, modalities=known
+        manifest, data, model.experiment.clip, batch=16, views=EvaluationViews(stride=stride), modalities=known
     ):
         values = jax.device_get(embed(model.params, {name: batch.inputs[name] for name in streams}))
         widths = {value.shape[1] for value in values.values()}
@@ -126,7 +132,9 @@ def embed_clips(model, manifest: str, streams: Sequence[str] = ()) -> tuple[np.n
     return _unit(summed), of_clip
 
 
-def write_index(model: str, manifest: str, folder: str | Path, streams: Sequence[str] = ()) -> Path:
+def write_index(
+    model: str, manifest: str, folder: str | Path, streams: Sequence[str] = (), stride: float = 0.0
+) -> Path:
     """Writes the index of a manifest's clips, and prints how often the graph's ten nearest are the exact ones.
 
     model: what vmm.load takes. The rest: as embed_clips.
@@ -135,7 +143,7 @@ def write_index(model: str, manifest: str, folder: str | Path, streams: Sequence
       UserError: as embed_clips, or no clip that has any of the streams.
     """
     folder, loaded = Path(folder), vmm.load(model)
-    vectors, of_clip = embed_clips(loaded, manifest, streams)
+    vectors, of_clip = embed_clips(loaded, manifest, streams, stride)
     if not len(vectors):
         raise UserError(f"dataset {manifest}: no clip has any of the streams {', '.join(streams) or 'of the model'}")
     rows = read_manifest(manifest, bool(loaded.experiment.data.remote))
@@ -188,7 +196,14 @@ def ask(
     else:
         model = vmm.load(similar.about["model"])
         given = {"text": words} if words else {name: file for name in similar.about["streams"] if name != "text"}
-        vectors = model.embed(**given)
+        vectors, lacking = {}, []
+        for name, value in given.items():
+            try:
+                vectors |= model.embed(**{name: value})
+            except UserError as error:  # a file without sound is asked for by what is seen
+                lacking.append(error)
+        if not vectors:
+            raise lacking[0]
         query = sum(_unit(value) for value in vectors.values())
         if query.shape[1] != similar.vectors.shape[1]:
             raise UserError(f"similar: {', '.join(given)} and the index are embedded in different widths; use --clip")

@@ -1,6 +1,5 @@
 """vmm summarise: a run with a `moments` objective and a media file → its summary as mp4."""
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -35,13 +34,12 @@ def curve_of(run, file: str | Path, objective: str = "moments", curve: str = "")
     if seconds is None:
         raise UserError(f"{file}: does not tell how long it is; store it anew with `vmm data build`")
     window = experiment.clip.seconds
-    # The file has no labels, and is asked for nothing.
-    experiment.data = dataclasses.replace(experiment.data, labels={}, tags={}, targets={})
     experiment.evaluation = EvaluationViews(stride=window / 2)
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "file.jsonl"
         manifest.write_text(json.dumps({"path": str(Path(file).resolve()), "start": 0.0, "end": seconds}) + "\n")
-        rows = Predict(experiment, weights(run.state), run.mesh).ask(str(manifest), "VAT")
+        # The file has no labels, and nothing that is asked for.
+        rows = Predict(experiment, weights(run.state), run.mesh, strict=False).ask(str(manifest), "VAT")
     known = [key.partition("/")[2] for key in rows if key.startswith(f"{objective}/") and not key.endswith("/seconds")]
     if not known:
         kinds = [name for name, spec in run.config["objectives"].items() if spec["kind"] == "moments"]
@@ -51,7 +49,8 @@ def curve_of(run, file: str | Path, objective: str = "moments", curve: str = "")
         raise UserError(f"run {run.workdir}: {objective!r} tells no curve {curve!r}; {one_of(curve, known)}")
     values = rows[f"{objective}/{name}"].astype(np.float64)
     step = window / values.shape[1]
-    return merged(rows["start"], values, step)[: max(1, round(seconds / step))], step
+    whole = merged(rows["start"], values, step, np.arange(max(1, round(seconds / step))) * step)
+    return np.nan_to_num(whole, nan=float(np.nanmin(whole))), step  # where nothing decodes, there is nothing to see
 
 
 def summarise_file(

@@ -132,6 +132,7 @@ def train(
             # ---- the loop ------------------------------------------------------------------------
             metrics, last, step, stopped = None, {}, start, None
             try:
+                experiment.check_rows(source.rows)
                 batches = iter(source)
                 for step in range(start + 1, c.steps + 1):
                     ledger.stepping(step)

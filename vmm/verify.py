@@ -72,7 +72,9 @@ def short(config: Mapping, steps: int) -> dict:
     optim = dict(config.get("optim", {}))
     optim["warmup"] = min(optim.get("warmup", 0), steps // 4)
     data = {**config["data"], "cache": 0}
-    changes = dict(steps=steps, save_every=max(1, steps // 4), log_every=1, eval_every=0, health=0, evals={}, keep=2)
+    changes = dict(
+        steps=steps, save_every=max(1, steps // 4), log_every=1, eval_every=0, health=0, evals={}, early={}, keep=2
+    )
     return config | changes | {"optim": optim, "data": data}
 
 

@@ -34,7 +34,7 @@ MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 LABELS = {"digit": WORDS, "speaker": SPEAKERS, "motion": tuple(MOTIONS)}
 SPLITS = {"test": range(0, 10), "validation": range(10, 15), "train": range(15, 50)}
 REPEATS = {"test": 1, "validation": 1, "train": 3}  # clips a recording
-SUBSETS, SEEDS = (5, 20, 40, 70, 100), 5  # labelled clips a class; draws of them
+SUBSETS, SEEDS = (5, 20, 40, 100, 200), 5  # labelled clips a class; draws of them
 
 
 def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:

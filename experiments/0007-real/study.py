@@ -28,12 +28,9 @@ from vmm.evals.statistics import holm, intervals, paired
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "real_digits.py")
 SUBSETS = {"V": "seen", "A": "heard", "VA": "both"}
-# Variant → (config's variant, overrides). Scratch gets two budgets, and is compared at the better one.
-VARIANTS = {
-    "scratch": ("scratch", ()),
-    "scratch, twice as long": ("scratch", ("steps=800", "save_every=800")),
-    "fine-tuned": ("finetune", ()),
-}
+# Variant → (config's variant, overrides). With LONGER, scratch is compared at the better of its two lengths.
+VARIANTS = {"fine-tuned": ("finetune", ()), "scratch": ("scratch", ())}
+LONGER = {"scratch, twice as long": ("scratch", ("steps=1200", "save_every=1200"))}
 PROBE = "linear probe"  # logistic regression on frozen features, by the evaluator of that name on the pretrained run
 COMPARED = ((PROBE, "fine-tuned"), ("scratch", PROBE), ("scratch", "fine-tuned"))
 
@@ -73,7 +70,7 @@ def correct(workdir: Path, evaluator: str) -> dict[str, dict[str, float]]:
     }
 
 
-def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluated: str) -> str:
+def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluated: str, variants=VARIANTS) -> str:
     """Runs what is missing and returns the table, as Markdown; writes it and results.json too."""
     data = out / "data"
     digits.make(source, data, share=0.05 if quick else 1.0)
@@ -92,7 +89,7 @@ def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluate
     }
     right: dict = {PROBE: [correct(pretrained, name) for name in probes]}
     for seed in range(seeds):
-        for name, (variant, overrides) in VARIANTS.items():
+        for name, (variant, overrides) in variants.items():
             workdir = out / f"{name.replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
             words = [*common, f"data.train={data}/train-{count}-{seed}.jsonl", f"seed={seed}", *overrides, *brief]
             scored = dict(kind="classification", data=f"{data}/{evaluated}.jsonl", subsets=tuple(SUBSETS))
@@ -186,14 +183,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder that holds mnist/ and spoken_digits/")
     parser.add_argument("--out", type=Path, default=Path("runs/0007-real"), help="where clips and runs go")
-    parser.add_argument("--labels", type=int, default=20, choices=digits.SUBSETS, help="labelled clips of each digit")
+    parser.add_argument("--labels", type=int, default=200, choices=digits.SUBSETS, help="labelled clips of each digit")
     parser.add_argument("--seeds", type=int, default=3, help="draws of labelled clips")
     parser.add_argument("--quick", action="store_true", help="few clips, twenty steps each: whether it runs")
+    parser.add_argument("--longer", action="store_true", help="scratch also twice as long, and the better one compared")
     parser.add_argument("--data", default="test", choices=("test", "validation"), help="clips to evaluate on")
     args = parser.parse_args()
     if not 1 <= args.seeds <= digits.SEEDS:
         parser.error(f"--seeds: 1 to {digits.SEEDS}")
-    print(study(args.source, args.out, args.labels, args.seeds, args.quick, args.data))
+    variants = VARIANTS | (LONGER if args.longer else {})
+    print(study(args.source, args.out, args.labels, args.seeds, args.quick, args.data, variants))
 
 
 if __name__ == "__main__":

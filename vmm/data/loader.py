@@ -20,7 +20,7 @@ from vmm.data import media
 from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.order import Order, Part, split_buckets
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
-from vmm.data.targets import make_targets
+from vmm.data.targets import check_texts, make_targets
 from vmm.errors import DataBudgetError, UserError
 from vmm.types import MODALITIES, Batch
 
@@ -213,6 +213,7 @@ def _check_labels(rows: list[Row], data: Data, where: str | Path | None = None) 
             largest = max(max(value, default=-1) if isinstance(value, list) else value for value in values)
             if largest >= classes:
                 raise UserError(f"data.{key}.{name}: {classes} classes, but {where} has class {largest}")
+    check_texts(data.text, rows, "data.text")
     for name, target in make_targets(data.targets).items():
         try:
             target.check(rows, f"data.targets.{name}")
@@ -235,18 +236,20 @@ def bad_list(bad: Mapping) -> str:
 
 def evaluation_batches(
     manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
-    views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES,
+    views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES, strict: bool = True,
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:  # fmt: skip
     """Yields (Batch, row numbers, starts) over every view of every clip of a manifest once, without randomness.
 
-    starts: float32, seconds of the file at which the view's window begins.
+    starts: float32, seconds of the file at which the view's window begins. strict: whether the manifest must have the labels
+    and targets that data asks for.
 
     Views of a clip follow one another. Every host yields the same number of batches of batch // hosts
     rows; rows that only fill up are not valid. A clip that cannot be decoded is left out (not valid): a
     score is of clips that exist.
     """
     rows = read_manifest(manifest, bool(data.remote))
-    _check_labels(rows, data, manifest)
+    if strict:
+        _check_labels(rows, data, manifest)
     if batch % hosts:
         raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
     samples = Samples(rows, data, clip, None, 0, modalities)

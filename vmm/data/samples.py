@@ -345,7 +345,7 @@ class _Window:
 
 def _tags(value: int | list[int] | None, classes: int) -> np.ndarray:
     """Returns int32 [Y]: 1 where the clip has the tag, else 0; -1 everywhere where its tags are unknown."""
-    if value is None or value == -1:
+    if value is None or value in (-1, [-1]):
         return np.full(classes, -1, np.int32)
     return np.isin(np.arange(classes), value).astype(np.int32)
 

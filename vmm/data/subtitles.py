@@ -82,30 +82,47 @@ def same_words(one: str, two: str) -> bool:
     return one.lower().split() == two.lower().split()
 
 
-def merge(windows: Sequence[Sequence[Segment]], near: float = 0.5, overlap: float = 0.5) -> list[Segment]:
-    """Returns the segments of one file, in order of time, from those of its windows, all in seconds of the file.
+class Window(NamedTuple):
+    """What one window of a file says. start, end: seconds of the file that it shows; segments: in seconds of the file too."""
 
-    The same words that overlap, or are less than `near` seconds apart, in different windows are one segment, from the
-    first start to the last end: a window's edge may have cut it. Of other words whose times agree (intersection over
-    union of `overlap` or more), those of the window that comes first in `windows` stay: order them by how sure they are.
+    start: float
+    end: float
+    segments: Sequence[Segment]
+
+
+def merge(windows: Sequence[Window], near: float = 0.25, overlap: float = 0.5) -> list[Segment]:
+    """Returns the segments of one file, in order of time, from those of its windows, the surest window first.
+
+    Segments of two windows are one where, each cut to what both windows show, their times agree (intersection over union
+    of `overlap` or more), or where the words are the same and they overlap, or lie less than `near` seconds apart. The
+    surer window's words and times stay, but for an end that lies within `near` of that window's edge, which may have cut
+    it: then the outer one of the two. So a segment may be longer than a window.
     """
-    kept: list[tuple[int, Segment]] = []
-    for window, segments in enumerate(windows):
-        for one in segments:
-            for place, (other, own) in enumerate(kept):
-                if other == window:
-                    continue
-                inside = min(one.end, own.end) - max(one.start, own.start)
-                if same_words(one.words, own.words) and inside > -near:
-                    whole = Segment(min(one.start, own.start), max(one.end, own.end), own.words)
-                    kept[place] = (window, whole)
-                    break
-                union = max(one.end, own.end) - min(one.start, own.start)
-                if inside > 0 and inside >= overlap * union:
+    kept: list[tuple[Segment, list[Window]]] = []
+    for window in windows:
+        for one in window.segments:
+            for place, (own, told) in enumerate(kept):
+                if window not in told and any(_same(own, other, one, window, near, overlap) for other in told):
+                    first, last = min(w.start for w in told), max(w.end for w in told)
+                    start = min(own.start, one.start) if own.start <= first + near else own.start
+                    end = max(own.end, one.end) if own.end >= last - near else own.end
+                    kept[place] = (Segment(start, end, own.words), [*told, window])
                     break
             else:
-                kept.append((window, one))
-    return sorted(segment for _, segment in kept)
+                kept.append((one, [window]))
+    return sorted(segment for segment, _ in kept)
+
+
+def _same(own: Segment, mine: Window, one: Segment, window: Window, near: float, overlap: float) -> bool:
+    """Whether a segment that window `mine` told of and one of another are the same."""
+    if same_words(own.words, one.words) and min(own.end, one.end) - max(own.start, one.start) > -near:
+        return True
+    first, last = max(mine.start, window.start), min(mine.end, window.end)
+    cuts = [(max(x.start, first), min(x.end, last)) for x in (own, one)]
+    if min(end - start for start, end in cuts) <= 0:
+        return False
+    inside = min(end for _, end in cuts) - max(start for start, _ in cuts)
+    return inside >= overlap * (max(end for _, end in cuts) - min(start for start, _ in cuts))
 
 
 def _stamp(seconds: float, mark: str) -> str:

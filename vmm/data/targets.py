@@ -76,7 +76,7 @@ class Text:
 
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has all of the template's texts."""
-        _check_texts(self.of, rows, where)
+        check_texts(self.of, rows, where)
 
     def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
         """Returns the ids; of the caption's phrasings, the first is taken."""
@@ -108,7 +108,7 @@ class Subtitles:
         """Raises UserError: no clip has subtitles, or a line of one is none; or a step that is not above 0."""
         if self.step <= 0:
             raise UserError(f"{where}.step: seconds above 0, got {self.step}")
-        _check_texts(f"{{{self.of}}}", rows, where)
+        check_texts(f"{{{self.of}}}", rows, where)
         for row in rows:
             self._segments(row, where)
 
@@ -148,7 +148,7 @@ class Choices:
 
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has such a list, or one has too many."""
-        _check_texts(f"{{{self.of}}}", rows, where)
+        check_texts(f"{{{self.of}}}", rows, where)
         for row in rows:
             value = row.texts.get(self.of, ())
             if isinstance(value, str) or len(value) > self.count:
@@ -262,7 +262,8 @@ class Curve:
         return np.full(self.points, np.float32(math.nan))
 
 
-def _check_texts(template: str, rows: Sequence[Row], where: str) -> None:
+def check_texts(template: str, rows: Sequence[Row], where: str) -> None:
+    """Raises UserError: a template that names a text which no clip has. where: config key, for the line."""
     known = {"caption"} | {name for row in rows for name in row.texts}
     for name in fields_of(template, where):
         if name not in known:

@@ -128,6 +128,26 @@ def label_of(rows: dict, label: str, data: str, where: str) -> np.ndarray:
     return rows[f"label/{label}"]
 
 
+def known_labels(predict: Callable, rows: dict, label: str, data: str, where: str) -> np.ndarray:
+    """Returns the clips' classes [n], −1 where unknown, also of a label that is not in data.labels: then the manifest's.
+
+    Raises:
+      UserError: no clip of the manifest has it, or it is a tag, of which a clip has any number.
+    """
+    if f"label/{label}" in rows:
+        found = rows[f"label/{label}"]
+    else:
+        told = [row.labels for row in predict.rows(data)]
+        known = {name for labels in told for name in labels}
+        if label not in known:
+            raise UserError(f"{where}: no clip of {data} has a label {label!r}; {one_of(label, known)}")
+        wrong = any(isinstance(labels.get(label), list) for labels in told)
+        found = None if wrong else np.array([told[row].get(label, -1) for row in rows["row"]])
+    if found is None or found.ndim > 1:
+        raise UserError(f"{where}: {label!r} of {data} are tags, any number a clip; they are scored by kind 'tagging'")
+    return found
+
+
 def shown_clips(rows: dict, subset: str) -> np.ndarray:
     """Returns which clips [n] have any of the streams that a subset shows."""
     return np.logical_or.reduce([rows[f"present/{name}"] for name in SUBSETS[subset] if f"present/{name}" in rows])
@@ -185,6 +205,8 @@ class Classification(Measuring):
         scored = []
         for rows, subset, label, logits, shown in every_head(predict, self, "classification"):
             labels = label_of(rows, label, self.data, f"objectives.{self.objective}.labels.{label}")
+            if labels.ndim > 1:  # tags: see Tagging
+                continue
             check_labels(labels, logits.shape[1], f"dataset {self.data}, labels.{label}")
             self._check_absent(labels, logits.shape[1], label)
             use = shown & (labels >= 0)

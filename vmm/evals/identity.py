@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from vmm.errors import UserError, one_of
-from vmm.evals.classification import label_of, objectives_of, shown_clips
+from vmm.evals.classification import known_labels, objectives_of, shown_clips
 from vmm.evals.scored import Measured, Measuring, Scored
 
 
@@ -68,7 +68,7 @@ class Identity(Measuring):
                     f"evals (kind 'identity'): no objective {self.objective!r} predicts {self.embedding!r}; "
                     f"{one_of(self.objective, known)}"
                 )
-            labels = label_of(rows, self.label, self.data, "evals (kind 'identity').label")
+            labels = known_labels(predict, rows, self.label, self.data, "evals (kind 'identity').label")
             use = np.flatnonzero(shown_clips(rows, subset) & (labels >= 0))[: self.limit]
             found, count = self._score(subset, rows["row"][use], rows[key][use].astype(np.float64), labels[use])
             scored.append(found)

@@ -10,16 +10,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from vmm.errors import UserError, one_of
-from vmm.evals.classification import hits, label_of, objectives_of, score_classes
+from vmm.evals.classification import hits, known_labels, objectives_of, score_classes
+from vmm.evals.retrieval import unit
 from vmm.evals.scored import Classes, Measured, Measuring, Scored
 from vmm.types import SUBSETS
 
 SCALE = 100.0  # CLIP's: cosines become logits
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def embedded(rows: dict, objective: str, subset: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +25,7 @@ def embedded(rows: dict, objective: str, subset: str, kind: str) -> tuple[np.nda
         hint = one_of(objective, objectives_of(rows))
         raise UserError(f"evals (kind {kind!r}): objective {objective!r} embeds nothing of subset {subset}; {hint}")
     there = np.logical_and.reduce([rows[f"present/{name}"] for name in names])
-    return _unit(np.sum([rows[f"{objective}/{name}"].astype(np.float64) for name in names], axis=0)), there
+    return unit(np.sum([rows[f"{objective}/{name}"].astype(np.float64) for name in names], axis=0)), there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,7 @@ class ZeroShot(Measuring):
             if key not in rows:
                 hint = one_of(self.objective, objectives_of(rows))
                 raise UserError(f"evals (kind 'zero_shot'): objective {self.objective!r} embeds no text; {hint}")
-            found[label] = _unit(_unit(rows[key]).reshape(len(prompts), len(prompts[0]), -1).mean(1))
+            found[label] = unit(unit(rows[key]).reshape(len(prompts), len(prompts[0]), -1).mean(1))
         return found
 
     def measure(self, predict: Callable, prepared: Any) -> Measured:
@@ -81,7 +77,7 @@ class ZeroShot(Measuring):
                 continue
             x, there = embedded(rows, self.objective, subset, "zero_shot")
             for label, vectors in prepared.items():
-                truth = label_of(rows, label, self.data, f"evals (kind 'zero_shot').classes.{label}")
+                truth = known_labels(predict, rows, label, self.data, f"evals (kind 'zero_shot').classes.{label}")
                 if truth.max(initial=-1) >= len(vectors):
                     raise UserError(
                         f"evals (kind 'zero_shot').classes.{label}: {len(vectors)} names, but {self.data} has class {truth.max()}"
@@ -126,7 +122,9 @@ class FewShot(Measuring):
                 continue
             x, there = embedded(rows, self.objective, subset, "few_shot")
             for label in self.labels:
-                truth = np.where(there, label_of(rows, label, self.train, "evals (kind 'few_shot').labels"), -1)
+                truth = np.where(
+                    there, known_labels(predict, rows, label, self.train, "evals (kind 'few_shot').labels"), -1
+                )
                 classes = int(truth.max()) + 1
                 least = min(int((truth == y).sum()) for y in range(classes)) if classes else 0
                 if least < max(self.shots):
@@ -147,7 +145,7 @@ class FewShot(Measuring):
 
     def _fit(self, x: np.ndarray, y: np.ndarray, classes: int) -> Callable[[np.ndarray], np.ndarray]:
         if self.method == "prototype":
-            means = _unit(np.stack([x[y == one].mean(0) for one in range(classes)]))
+            means = unit(np.stack([x[y == one].mean(0) for one in range(classes)]))
             return lambda new: SCALE * new @ means.T
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -167,7 +165,7 @@ class FewShot(Measuring):
             if rows is None:
                 continue
             x, there = embedded(rows, self.objective, subset, "few_shot")
-            truth = label_of(rows, label, self.data, "evals (kind 'few_shot').labels")
+            truth = known_labels(predict, rows, label, self.data, "evals (kind 'few_shot').labels")
             use = there & (truth >= 0)
             said = [fit(x[use]) for fit in fitted]
             if truth.max(initial=-1) >= said[0].shape[1]:

@@ -62,4 +62,14 @@ class Regression(Measuring):
             }
 
         told = {"label": true, "prediction": said}
-        return Scored(f"{subset}/{name}", self.data, subset, rows["row"][use], {"MAE": np.abs(said - true)}, told, rest)
+        return Scored(
+            f"{subset}/{name}",
+            self.data,
+            subset,
+            rows["row"][use],
+            {"MAE": np.abs(said - true)},
+            told,
+            rest,
+            None,
+            ("MAE",),
+        )

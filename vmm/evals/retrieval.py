@@ -12,6 +12,12 @@ from vmm.evals.scored import Measured, Measuring, Scored
 from vmm.types import SUBSETS
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Returns vectors [… E] of length 1: the mean over several views of a clip is shorter. Zero stays zero, and what is not finite."""
+    x = x.astype(np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def ranks(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns, per query i, how many keys beat key i and how many others tie with it.
 
@@ -78,7 +84,7 @@ class Retrieval(Measuring):
             hint = one_of(self.objective, objectives_of(rows))
             raise UserError(f"evals (kind 'retrieval'): objective {self.objective!r} embeds nothing; {hint}")
         complete = np.logical_and.reduce([rows[f"present/{name}"] for name in names])
-        embedding = {name: rows[f"{self.objective}/{name}"][complete] for name in names}
+        embedding = {name: unit(rows[f"{self.objective}/{name}"][complete]) for name in names}
         if not complete.any():
             return Measured([], {"clips": 0.0})
         scored = []

@@ -26,7 +26,7 @@ class Scored:
     means: metric → score of each row [n], finite; the number is the mean. "" is a metric that needs no name.
     told: further facts of each row [n] for the file of predictions: label, prediction, probability, rank.
     rest: (places int [m] in the rows, repeats included) → metric → number, for numbers that are no means.
-    classes: what a classifier said, for calibration and per-class scores.
+    amounts: metrics of means that are no shares in [0, 1]. classes: what a classifier said, for calibration and per-class scores.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Scored:
     told: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     rest: Callable[[np.ndarray], dict[str, float]] | None = None
     classes: Classes | None = None
+    amounts: tuple[str, ...] = ()
 
     def key(self, metric: str) -> str:
         """Returns the name of a number."""
@@ -56,7 +57,9 @@ class Scored:
             return {}
         found = {}
         if self.means:
-            low, high = statistics.intervals(np.stack(list(self.means.values()), 1), self.row, level=level)
+            shares = [name not in self.amounts for name in self.means]
+            scores = np.stack(list(self.means.values()), 1)
+            low, high = statistics.intervals(scores, self.row, level=level, shares=shares)
             found = {self.key(k): (float(a), float(b)) for k, a, b in zip(self.means, low, high)}
         if rest and self.rest is not None:
             names = list(self.rest(np.arange(len(self.row))))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vmm.errors import UserError
-from vmm.evals.classification import label_of
+from vmm.evals.classification import known_labels
 from vmm.evals.prompts import embedded
 from vmm.evals.scored import Measured, Measuring, Scored
 
@@ -51,7 +51,7 @@ class Recommendation(Measuring):
                 continue
             x, there = embedded(rows, self.objective, subset, "recommendation")
             where = "evals (kind 'recommendation').labels"
-            labels = {name: label_of(rows, name, self.data, where)[there] for name in self.labels}
+            labels = {name: known_labels(predict, rows, name, self.data, where)[there] for name in self.labels}
             count = int(there.sum())
             if count <= self.k:
                 raise UserError(f"dataset {self.data}: {count} clips with the streams {subset}; k {self.k} needs more")

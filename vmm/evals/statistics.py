@@ -4,7 +4,7 @@ Everywhere a clip is the unit: `groups` names each row's clip, and all rows of a
 together; None: every row is a clip of its own. All draws follow from the seed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ _CELLS = 4_000_000  # resamples × groups that are held at once
 
 def intervals(
     scores: np.ndarray, groups: np.ndarray | None = None, *, level: float = 0.95, resamples: int = RESAMPLES,
-    kind: str = "bca", seed: int = 0, shares: bool = True,
+    kind: str = "bca", seed: int = 0, shares: bool | Sequence[bool] = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Returns (low, high), each [M], of the interval of each column's mean.
 
@@ -25,7 +25,7 @@ def intervals(
       groups: int [n] or None.
       level: of confidence. resamples: how many are drawn.
       kind: "percentile" or "bca" (bias-corrected and accelerated, Efron 1987).
-      shares: scores lie in [0, 1]. Where all rows of a column are 0, or all are 1, the bootstrap knows nothing but that
+      shares: scores lie in [0, 1], of all columns or each. Where all rows of a column are 0, or all are 1, the bootstrap knows nothing but that
         value; the ends are then Clopper & Pearson's (1934): of n right out of n, from (α / 2)^(1 / n) to 1.
 
     Raises:
@@ -37,10 +37,8 @@ def intervals(
     drawn = np.concatenate([(c @ sums) / (c @ sizes)[:, None] for c in _draws(len(sums), resamples, seed)])
     left = (sums.sum(0) - sums) / np.maximum(sizes.sum() - sizes, 1)[:, None]
     low, high = _ends(drawn, sums.sum(0) / sizes.sum(), left if kind == "bca" else None, level)
-    if not shares:
-        return low, high
     bound = ((1 - level) / 2) ** (1 / len(sums))
-    never, always = (scores == 0).all(0), (scores == 1).all(0)
+    never, always = ((scores == end).all(0) & np.asarray(shares) for end in (0, 1))
     return np.where(always, bound, low), np.where(never, 1 - bound, high)
 
 

@@ -93,7 +93,8 @@ class Subtitles(Measuring):
             start = float(rows["start"][i])
             here = subtitles.parse(rows["texts"][i], seconds, self.step)
             moved = [Segment(start + one.start, start + one.end, one.words) for one in here]
-            windows.setdefault(int(rows["row"][i]), []).append(moved)
+            shown = subtitles.Window(start, start + seconds, moved)
+            windows.setdefault(int(rows["row"][i]), []).append(shown)
         return {row: subtitles.merge(several) for row, several in windows.items()}
 
     def _true(self, value: str | list[str], clip: str) -> list[Segment]:

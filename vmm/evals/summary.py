@@ -51,14 +51,16 @@ def f_score(said: np.ndarray, true: np.ndarray) -> float:
     return float(2 * both / (said.sum() + true.sum())) if both else 0.0
 
 
-def merged(start: np.ndarray, curves: np.ndarray, step: float) -> np.ndarray:
+def merged(start: np.ndarray, curves: np.ndarray, step: float, times: np.ndarray | None = None) -> np.ndarray:
     """Returns one curve [m] of a clip from those of its windows: where these overlap, their mean; nan where none tells.
 
-    start: seconds [w] of the windows, the first is the clip's. curves: [w n], evenly over each. step: seconds between its numbers.
+    start: seconds [w] of the windows. curves: [w n], evenly over each. step: seconds between its numbers. times: [m] of the
+    curve's numbers; None: from the first window to the end of the last.
     """
-    place = np.rint((start - start.min()) / step).astype(int)[:, None] + np.arange(curves.shape[1])
-    total, count = (np.zeros(place.max() + 1) for _ in range(2))
-    there = np.isfinite(curves)
+    first = start.min() if times is None else times[0]
+    place = np.rint((start - first) / step).astype(int)[:, None] + np.arange(curves.shape[1])
+    total, count = (np.zeros(place.max() + 1 if times is None else len(times)) for _ in range(2))
+    there = np.isfinite(curves) & (place >= 0) & (place < len(total))
     np.add.at(total, place[there], curves[there])
     np.add.at(count, place[there], 1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
@@ -122,6 +124,8 @@ class Summary(Measuring):
             one, two = (curve[known] for curve in curves)
             segment = max(1, round(self.segment / step))
             wanted = summarise(two, segment, self.share)
+            if not wanted.any():  # nothing of the clip is worth anything, or all of it is shorter than a segment
+                continue
             found["F"].append(f_score(summarise(one, segment, self.share), wanted))
             for name, value in zip(("kendall", "spearman"), agreement(one, two)):
                 found[name].append(value)
@@ -131,4 +135,4 @@ class Summary(Measuring):
             numbers.append(row)
         notes[f"chance/{subset}"] = float(np.mean(chance)) if chance else float("nan")
         means = {name: np.array(values) for name, values in found.items()}
-        return Scored(subset, self.data, subset, np.array(numbers, int), means)
+        return Scored(subset, self.data, subset, np.array(numbers, int), means, amounts=("kendall", "spearman"))

@@ -10,6 +10,7 @@ from vmm.build import make
 from vmm.errors import UserError, one_of
 from vmm.fusion.enter import Enter, Leave
 from vmm.fusion.late import Late
+from vmm.layers import regularise
 from vmm.types import Streams
 
 
@@ -50,8 +51,12 @@ class Schedule(nn.Module):
                     raise UserError(f"trunk.fusion.{key}: unknown kind {kind!r}; {one_of(kind, known)}")
         streams = Enter(self.width, name="enter")(streams)
         shared = dict(heads=self.heads, ratio=self.ratio, scan=self.scan, remat=self.remat, block=self.block)
+        before = 0
         for i, (kind, run) in enumerate(itertools.groupby(self.layers)):
-            given = dict(width=self.width, depth=len(list(run)), name=f"run_{i}", **shared)
+            depth = len(list(run))
+            given = dict(width=self.width, depth=depth, name=f"run_{i}", **shared)
             fusion = make(known[kind], self.fields.get(kind, {}), f"trunk.fusion.fields.{kind}", **given)
-            streams = fusion(streams, edges=False)
+            with regularise.run_of(before, len(self.layers)):
+                streams = fusion(streams, edges=False)
+            before += depth
         return Leave(self.block.get("epsilon", 1e-6), name="leave")(streams)

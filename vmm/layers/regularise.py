@@ -25,12 +25,15 @@ _LAYER = re.compile(r"/(run_\d+/layers|layers|layer_\d+)(?=/|$)")
 
 
 class _Dropping(NamedTuple):
-    """keys: one a sample. of: what is looked at with them. number, total: the layer, and how many there are."""
+    """keys: one a sample. of: what is looked at with them. number, total: the layer, and how many there are. before, whole: layers
+    before those that are numbered, and all of them; whole 0: they are alone."""
 
     keys: Key[Array, " B"]
     of: str
     number: int | Int[Array, ""] | None = 0
     total: int = 0
+    before: int = 0
+    whole: int = 0
 
 
 _NOW: contextvars.ContextVar[_Dropping | None] = contextvars.ContextVar("dropping", default=None)
@@ -51,11 +54,24 @@ def dropping(keys: Key[Array, " B"] | None, of: str) -> Iterator[None]:
 def layer(number: int | Int[Array, ""] | None, total: int) -> Iterator[None]:
     """What is applied inside is layer `number`, from 0, of `total` in a row; None: one that drops nothing."""
     now = _NOW.get()
+    if now is not None and now.whole and number is not None:
+        number, total = now.before + number, now.whole
     before = _NOW.set(None if now is None else now._replace(number=number, total=total))
     try:
         yield
     finally:
         _NOW.reset(before)
+
+
+@contextlib.contextmanager
+def run_of(before: int, whole: int) -> Iterator[None]:
+    """The layers inside, numbered from 0, come after `before` others of `whole` in a row."""
+    now = _NOW.get()
+    token = _NOW.set(None if now is None else now._replace(before=before, whole=whole))
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
 
 
 def drops(block: Mapping) -> bool:

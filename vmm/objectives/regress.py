@@ -1,5 +1,7 @@
 """Numbers of a clip from the fused streams: sentiment, ratings, counts; each stream votes, the votes are averaged."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -52,6 +54,10 @@ class Regress(nn.Module):
             if name not in batch.targets:
                 raise UserError(f"regress.values: no target {name!r} in data.targets; {one_of(name, batch.targets)}")
             truth = batch.targets[name]
+            if isinstance(truth, Mapping) or truth.shape != answer.shape:
+                raise UserError(
+                    f"regress.values: data.targets.{name} is no number of a clip; it must be of kind 'value'"
+                )
             known = jnp.isfinite(truth) & batch.valid
             off = answer - jnp.where(known, truth, 0.0)
             absolute = jnp.abs(off)

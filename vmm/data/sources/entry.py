@@ -150,7 +150,7 @@ def labels_of(values: Mapping) -> dict[str, str | int | list]:
     for name, value in values.items():
         items = [_class(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
         items = [item for item in items if item is not None]
-        if items:
+        if items or value == []:  # [] is known: none of them
             labels[str(name)] = items if isinstance(value, (list, tuple)) else items[0]
     return labels
 
