@@ -25,7 +25,6 @@ def get_config(variant: str = "") -> dict:
             tokenizer=f"{ROOT}/tokenizer.json",
             clip=dict(seconds=seconds, frames=frames, size=32 if small else 64, sample_rate=16000, text_length=8),
             targets=dict(events=dict(kind="events", most=4, **EVENTS)),
-            augment=dict(drop=0.15),  # each stream also finds events alone
             evaluation=dict(stride=4.0),
             workers=1,
             cache=2_000_000_000,
@@ -41,7 +40,7 @@ def get_config(variant: str = "") -> dict:
         objectives=dict(
             events=dict(
                 kind="localise", seconds=seconds, steps=frames, width=width, depth=1, heads=heads,
-                participants_weight=4.0, **EVENTS,
+                participants_weight=2.0, **EVENTS,
             ),
         ),
         optim=dict(learning_rate=1e-3, warmup=5 if small else 50, weight_decay=0.05, ema=0.99),

@@ -11,7 +11,7 @@ from vmm.errors import UserError
 from vmm.evals.calibration import softmax
 from vmm.evals.classification import Classification, accuracy, confusion, hits, macro, per_class, votes
 from vmm.evals.probe import Probe
-from vmm.evals.retrieval import Retrieval, ranks, recall, table
+from vmm.evals.retrieval import Retrieval, ranks, recall, table, unit
 from vmm.evals.tables import grid
 from vmm.evals.tagging import Tagging, average_precision, curves, roc_area
 from vmm.evaluate import Predict
@@ -286,7 +286,7 @@ def test_measured_numbers_have_intervals():
 
 def test_retrieval_has_a_score_for_each_query():
     rng = np.random.default_rng(5)
-    rows = {f"contrast/{name}": rng.normal(size=(30, 4)) for name in ("video", "text")}
+    rows = {f"contrast/{name}": unit(rng.normal(size=(30, 4))) for name in ("video", "text")}
     rows |= {f"present/{name}": np.ones(30, bool) for name in ("video", "text")} | {"row": np.arange(30)}
     measured = Retrieval(data="test").measure(lambda manifest, subset: rows, None)
     scored = measured.scored[0]

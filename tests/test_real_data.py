@@ -62,7 +62,7 @@ def test_the_table_compares_with_the_better_scratch(study):
         "fine-tuned": ([1, 1, 1, 1], [1, 1, 1, 1]),
     }
     clips = {
-        name: [{s: {f"c{i}": float(v) for i, v in enumerate(one)} for s in study.SUBSETS} for one in both]
+        name: [{s: {f"c{i}": float(v) for i, v in enumerate(one)} for s in study.COLUMNS} for one in both]
         for name, both in right.items()
     }
     found = study.summary(clips)

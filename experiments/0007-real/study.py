@@ -27,7 +27,9 @@ from vmm.evals.statistics import holm, intervals, paired
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "real_digits.py")
-SUBSETS = {"V": "seen", "A": "heard", "VA": "both"}
+SUBSETS = ("V", "A", "VA")
+# The table's columns. "alone": the mean of a clip's two, where only one of its streams is shown.
+COLUMNS = {"V": "seen", "A": "heard", "alone": "mean of these", "VA": "both"}
 # Variant → (config's variant, overrides). With LONGER, scratch is compared at the better of its two lengths.
 VARIANTS = {"fine-tuned": ("finetune", ()), "scratch": ("scratch", ())}
 LONGER = {"scratch, twice as long": ("scratch", ("steps=1200", "save_every=1200"))}
@@ -62,12 +64,13 @@ def run(workdir: Path, variant: str, *overrides: str) -> float:
 
 
 def correct(workdir: Path, evaluator: str) -> dict[str, dict[str, float]]:
-    """Returns subset → clip → 1.0 where the run is right."""
+    """Returns column → clip → 1.0 where the run is right; "alone": the mean of both streams."""
     rows = read_predictions(workdir / "predictions.jsonl").rows
-    return {
+    right = {
         subset: {id: line["scores"]["accuracy"] for id, line in rows[f"{evaluator}/{subset}/digit"].items()}
         for subset in SUBSETS
     }
+    return right | {"alone": {id: (right["V"][id] + right["A"][id]) / 2 for id in right["V"]}}
 
 
 def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluated: str, variants=VARIANTS) -> str:
@@ -79,7 +82,7 @@ def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluate
     # An evaluator a draw, named as in the other runs, so that `vmm compare` finds both.
     probes = {
         f"draw{seed}": dict(
-            kind="probe", train=f"{data}/train-{count}-{seed}.jsonl", data=f"{data}/{evaluated}.jsonl", subsets=tuple(SUBSETS)
+            kind="probe", train=f"{data}/train-{count}-{seed}.jsonl", data=f"{data}/{evaluated}.jsonl", subsets=SUBSETS
         )
         for seed in range(seeds)
     }  # fmt: skip
@@ -92,7 +95,7 @@ def study(source: Path, out: Path, count: int, seeds: int, quick: bool, evaluate
         for name, (variant, overrides) in variants.items():
             workdir = out / f"{name.replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
             words = [*common, f"data.train={data}/train-{count}-{seed}.jsonl", f"seed={seed}", *overrides, *brief]
-            scored = dict(kind="classification", data=f"{data}/{evaluated}.jsonl", subsets=tuple(SUBSETS))
+            scored = dict(kind="classification", data=f"{data}/{evaluated}.jsonl", subsets=SUBSETS)
             words += [f"evals={ {f'draw{seed}': scored} }"]
             words += [f"init_from={pretrained}"] if variant != "scratch" else []
             seconds.setdefault(name, []).append(run(workdir, variant, *words))
@@ -117,9 +120,9 @@ def summary(right: dict) -> dict:
     The scratch of the table's tests is the budget that is better on average over streams: it is chosen where it is tested.
     """
     budgets = [name for name in right if name.startswith("scratch")]
-    better = {s: max(budgets, key=lambda name: pooled(right[name], s)[0].mean()) for s in SUBSETS}
+    better = {s: max(budgets, key=lambda name: pooled(right[name], s)[0].mean()) for s in COLUMNS}
     accuracy, differences = {}, {}
-    for subset in SUBSETS:
+    for subset in COLUMNS:
         for name, runs in right.items():
             scores, clips = pooled(runs, subset)
             low, high = intervals(scores[:, None], clips)
@@ -142,7 +145,7 @@ def table(result: dict) -> str:
     def percent(value: float) -> str:
         return f"{100 * value:.1f}"
 
-    head = [f"{name} ({subset})" for subset, name in SUBSETS.items()]
+    head = [f"{name} ({subset})" for subset, name in COLUMNS.items()]
     lines = [
         f"{result['labels']} labelled clips of each digit, {result['seeds']} draws of them; accuracy over {result['clips']} "
         f"clips of {result['data']}.jsonl, %, [95 %: BCa bootstrap over clips], each draw's; training: mean processor "
@@ -153,7 +156,7 @@ def table(result: dict) -> str:
     ]
     for name in dict.fromkeys(key.rpartition("/")[0] for key in result["accuracy"]):
         cells = []
-        for subset in SUBSETS:
+        for subset in COLUMNS:
             mean, low, high, each = result["accuracy"][f"{name}/{subset}"]
             cells.append(f"{percent(mean)} [{percent(low)}, {percent(high)}] ({', '.join(map(percent, each))})")
         spent = result["seconds"].get(name)
@@ -169,12 +172,12 @@ def table(result: dict) -> str:
     ]
     for one, two in COMPARED:
         cells = []
-        for subset in SUBSETS:
+        for subset in COLUMNS:
             value = result["differences"][f"{two} − {one}/{subset}"]
             ends = f"{100 * value['low']:+.1f}, {100 * value['high']:+.1f}"
             cells.append(f"{100 * value['difference']:+.1f} [{ends}] p {value['p_holm']:.1g}")
         lines.append(f"| {two} − {one} | {' | '.join(cells)} |")
-    budgets = ", ".join(f"{name}: {result['scratch'][subset]}" for subset, name in SUBSETS.items())
+    budgets = ", ".join(f"{name}: {result['scratch'][subset]}" for subset, name in COLUMNS.items())
     lines += ["", f"p: paired sign flips by clip, after Holm over the table. Scratch at its better budget ({budgets})."]
     return "\n".join(lines) + "\n"
 
