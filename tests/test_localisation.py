@@ -33,6 +33,8 @@ def detections(*found, kinds: int = 0) -> Detections:
 class Told:
     """Stands for Predict: what it says of every subset."""
 
+    writes = True
+
     def __init__(self, values: dict):
         self.values = values
 

@@ -14,7 +14,8 @@ from vmm import losses
 from vmm.build import load_config
 from vmm.errors import UserError
 from vmm.experiment import Experiment
-from vmm.objectives.localise import Localise, assign, resampling
+from vmm.objectives.line import resampling
+from vmm.objectives.localise import Localise, assign
 from vmm.objectives.overlap import box_overlap, interval_overlap
 from vmm.training.metrics import count_flops
 from vmm.types import Batch, Outputs, Patches, Tokens
@@ -295,7 +296,7 @@ def test_streams_without_time_are_one_line():
         ({"objectives.events.participants": 0}, "participants: 0, but data.targets.events.participants is 12"),
         (
             {"data.clip.seconds": 4.0, "data.clip.frames": 16},
-            "objectives.events.seconds: 8.0, but data.clip.seconds is 4.0",
+            "objectives.events.seconds: 8.0, but windows are of 4 s",
         ),
         ({"data.augment.flip": True}, "data.augment: flip and area move what is seen"),
     ],

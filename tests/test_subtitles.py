@@ -189,7 +189,7 @@ TRUE = [
 class Said:
     """A model that writes given texts for windows of 4 s of TRUE: (clip, start, text)."""
 
-    seconds = 4.0
+    seconds, writes = 4.0, True
 
     def __init__(self, windows: list[tuple]):
         self.tokenizer = text.train_tokenizer(

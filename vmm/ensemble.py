@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from vmm.build import digest, write_text
 from vmm.data.manifest import Row, manifest_digest
@@ -24,7 +25,21 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Predict]):
         self.members, self.experiment = list(members), members[0].experiment
-        self.tokenizer, self.rows = members[0].tokenizer, members[0].rows
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """As Predict.tokenizer."""
+        return self.members[0].tokenizer
+
+    @property
+    def seconds(self) -> float:
+        """As Predict.seconds."""
+        return self.members[0].seconds
+
+    @property
+    def writes(self) -> bool:
+        """As Predict.writes."""
+        return self.members[0].writes
 
     def knows(self, subset: str) -> bool:
         """Whether all models have the streams of a subset."""

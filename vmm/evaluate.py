@@ -98,6 +98,11 @@ class Predict:
         return load_tokenizer(self.experiment.data.tokenizer)
 
     @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return jax.process_index() == 0
+
+    @property
     def seconds(self) -> float:
         """Length of a window."""
         return self.experiment.clip.seconds

@@ -232,7 +232,7 @@ class Localisation(Measuring):
             notes = {"clips": float(len(clips)), "events": float(sum(len(clip.truth.label) for clip in clips))}
             if clips:
                 scored += self._score(subset, clips, told["scores"].shape[2])
-                if self.picture:
+                if self.picture and predict.writes:
                     from vmm.evals.timeline import draw  # matplotlib takes long to import
 
                     draw(clips[:12], self.picture)

@@ -70,7 +70,7 @@ class Subtitles(Measuring):
                 continue
             clips = predict.rows(self.data)
             found = self.found(rows, predict.seconds)
-            if folder:
+            if folder and predict.writes:
                 self._write(folder, {clips[row].id: segments for row, segments in found.items()})
             folder = ""
             told = [row for row in found if self.of in clips[row].texts]

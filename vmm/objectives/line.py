@@ -40,7 +40,8 @@ class TimeLine(nn.Module):
 
     streams: those of the trunk that have time; each is taken to cover the whole window. width, depth, heads, ratio,
     positions, block, scan, remat: of the layers over time.
-    FLOPs forward: for each stream 2 N D (points + points) + 2 t (points D) W, depth · block(steps, W).
+    FLOPs forward a sample: for each stream of N tokens in t steps, with p points over a axes, 4 N p (D + a) + 2 t p
+    (D + 2 a) W + 2 steps t (W + 1), 2 t D W + … where there are none; then depth · block(steps, W).
     """
 
     streams: tuple[str, ...]

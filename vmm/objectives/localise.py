@@ -12,22 +12,13 @@ from jaxtyping import Array, Bool, Float
 
 from vmm import losses
 from vmm.errors import UserError
-from vmm.layers import Dense, Positions, Stack
+from vmm.layers import Dense
+from vmm.objectives.line import TimeLine, have_time
 from vmm.objectives.overlap import box_overlap, interval_overlap
-from vmm.types import Batch, Outputs, Tokens
+from vmm.types import Batch, Outputs
 
 _RARE = -math.log(99.0)  # logit of 0.01: at first nearly nothing happens (Lin et al. 2017, sec. 4.1)
 _SHORT = -1.5  # logit of the share of the window that a distance has at first, 0.18
-
-
-def resampling(count: int, steps: int) -> np.ndarray:
-    """Returns weights [steps count] from `count` steps that cover a window to `steps` that cover it too.
-
-    A triangle around each new step, as wide as the coarser of both steps: linear interpolation, or its mean where there
-    are fewer new ones. Rows are not of sum 1: who uses them divides by what was there.
-    """
-    new, old = (np.arange(steps) + 0.5) / steps, (np.arange(count) + 0.5) / count
-    return np.maximum(0.0, 1.0 - np.abs(new[:, None] - old) / max(1 / count, 1 / steps)).astype(np.float32)
 
 
 def assign(
@@ -47,16 +38,12 @@ def assign(
 class Localise(nn.Module):
     """Events of the window: their kind, start and end, and, where known, their box and who takes part.
 
-    Anchor-free, one scale of time (ActionFormer, Zhang et al. 2022, without its pyramid): the fused tokens of each
-    stream become a line of `steps` steps over the window, the lines' mean goes through Transformer layers over time,
-    and each step says how sure it is of each kind of event, how far its start and end are, its box, its participants.
-    At each of its own steps a stream is looked at by `points` soft spotlights over the rest of its grid (rows and
-    columns, mel bands), of which content, middle and spread are told: a mean alone would lose the place.
+    Anchor-free, one scale of time (ActionFormer, Zhang et al. 2022, without its pyramid): each step of a time line
+    (line.TimeLine) says how sure it is of each kind of event, how far its start and end are, its box, its participants.
 
     classes, participants: kinds of both, as data.targets has them; participants 0: not asked. seconds: of the window, as
-    data.clip.seconds. events: name in data.targets. view, weight: see Recipe. streams: those of the trunk that have time;
-    each is taken to cover the whole window.
-    width, depth, heads, ratio, positions, block, scan, remat: of the layers over time.
+    data.clip.seconds. events: name in data.targets. view, weight: see Recipe. streams, steps, points
+    and width … remat: of the time line.
     radius: steps from an event's middle that are trained to tell of it, of those within it. boxes: whether boxes are asked.
     alpha, gamma: of the focal loss. time_weight, box_weight, participants_weight: of these losses beside it.
     """
@@ -93,76 +80,27 @@ class Localise(nn.Module):
         """Seconds of the steps' middles [steps]."""
         return ((np.arange(self.steps) + 0.5) * self.seconds / self.steps).astype(np.float32)
 
-    def _check(self, outputs: Outputs) -> list[str]:
-        if min(self.classes, self.steps, self.points) < 1 or self.participants < 0 or self.seconds <= 0:
+    def _check(self) -> None:
+        if self.classes < 1 or self.participants < 0 or self.seconds <= 0:
             raise UserError(
-                f"localise: classes {self.classes}, steps {self.steps}, points {self.points} are at least 1, "
-                f"seconds {self.seconds} above 0, participants {self.participants} not below 0"
+                f"localise: classes {self.classes} is at least 1, seconds {self.seconds} above 0, participants "
+                f"{self.participants} not below 0"
             )
         if self.radius < 0.5:
             raise UserError(f"localise: radius {self.radius} steps; below 0.5 some events would have no step")
-        unknown = [name for name in self.streams if name not in ("video", "audio")]
-        if unknown:
-            raise UserError(f"localise: streams names {unknown[0]!r}, which has no time; take of video, audio")
-        names = [name for name in self.streams if name in outputs.fused]
-        if not names:
-            raise UserError(f"localise: streams {self.streams}, but the trunk has {sorted(outputs.fused)}")
-        if all(outputs.patches[name].grid[0] < 2 for name in names):
-            grids = {name: outputs.patches[name].grid for name in names}
-            raise UserError(
-                f"localise: grids {grids} have one step of time; give the encoders a shorter tubelet or patch"
-            )
-        return names
-
-    def _line(
-        self, name: str, tokens: Tokens, grid: tuple
-    ) -> tuple[Float[Array, "B steps W"], Float[Array, "B steps"]]:
-        """Returns one stream's time line, and how much of each step is there."""
-        batch, width, (count, *rest) = len(tokens.x), tokens.x.shape[-1], grid
-        places = math.prod(rest)
-        # Back to the whole grid. Registers have no place, and go beyond its end.
-        at = jnp.where(tokens.valid & (tokens.at >= 0), tokens.at, count * places)
-
-        def scatter(x, at):
-            return jnp.zeros((count * places, *x.shape[1:]), x.dtype).at[at].set(x, mode="drop")
-
-        x = jax.vmap(scatter)(jnp.where(tokens.valid[..., None], tokens.x, 0), at).reshape(batch, count, places, width)
-        there = jax.vmap(scatter)(tokens.valid, at).reshape(batch, count, places)
-        seen = x[:, :, 0]
-        if places > 1:
-            # No bias: it would change nothing of a softmax over places.
-            logits = Dense((self.points,), ("embed", None), bias=False, name=f"{name}_look")(x).astype(jnp.float32)
-            light = jax.nn.softmax(jnp.where(there[..., None], logits, -1e9), axis=2) * there[..., None]
-            content = jnp.einsum("btsp,btsd->btpd", light.astype(x.dtype), x)
-            spots = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in rest), indexing="ij"), -1)
-            spots = spots.reshape(places, len(rest)).astype(np.float32)
-            middle = jnp.einsum("btsp,sc->btpc", light, spots)
-            square = jnp.einsum("btsp,sc->btpc", light, spots**2)
-            spread = jnp.sqrt(jnp.maximum(square - middle**2, 1e-6))
-            parts = [part.reshape(batch, count, -1) for part in (content, middle, spread)]
-            seen = jnp.concatenate([part.astype(x.dtype) for part in parts], axis=-1)
-        y = Dense((self.width,), (None, "embed"), name=f"{name}_enter")(seen)
-        told, weights = there.any(2).astype(jnp.float32), resampling(count, self.steps)
-        total = jnp.einsum("jt,btd->bjd", weights, y.astype(jnp.float32) * told[..., None])
-        share = told @ weights.T
-        return total / jnp.maximum(share, 1e-6)[..., None], (share > 0).astype(jnp.float32)
 
     @nn.compact
     def _tell(self, outputs: Outputs) -> dict:
         """Returns of each step: logits [B steps Y], segments [B steps 2] in seconds, boxes, participants (logits).
 
-        FLOPs forward a sample: for each stream of N tokens in t steps, with p points over a axes, 4 N p (D + a) + 2 t p
-        (D + 2 a) W + 2 steps t (W + 1), 2 t D W + … where there are none; then depth · block(steps, W) + 2 steps W (Y + 6 + P).
+        FLOPs forward a sample: those of the line, and 2 steps W (Y + 6 + P).
         """
-        names = self._check(outputs)
-        lines = [self._line(name, outputs.fused[name], outputs.patches[name].grid) for name in names]
-        count = sum(there for _, there in lines)
-        x = sum(line * there[..., None] for line, there in lines) / jnp.maximum(count, 1.0)[..., None]
-        x = x.astype(outputs.fused[names[0]].x.dtype)
-        at = jnp.broadcast_to(jnp.arange(self.steps, dtype=jnp.int32), x.shape[:2])
-        x = Positions(self.positions, name="positions")(x, at, (self.steps,))
-        stack = Stack(self.depth, self.heads, self.ratio, self.scan, self.remat, self.block, name="stack")
-        x = stack(x, count > 0).astype(jnp.float32)
+        self._check()
+        line = TimeLine(
+            self.streams, self.steps, self.width, self.depth, self.heads, self.ratio, self.positions, self.block,
+            self.scan, self.remat, self.points, name="line",
+        )  # fmt: skip
+        x = line(outputs, "localise")
 
         def head(name, size):
             return Dense((size,), ("embed", None), name=name)(x)
@@ -187,7 +125,7 @@ class Localise(nn.Module):
         [B] of the window. Scores are 0 where the sample has none of the streams.
         """
         told = self._tell(outputs)
-        there = self._there(outputs)[:, None, None]
+        there = have_time(outputs, self.streams)[:, None, None]
         result = {"scores": jnp.where(there, jax.nn.sigmoid(told["scores"]), 0.0)}
         result["segments"] = jnp.clip(told["segments"], 0.0, self.seconds)
         if "boxes" in told:
@@ -195,10 +133,6 @@ class Localise(nn.Module):
         if "participants" in told:
             result["participants"] = jax.nn.sigmoid(told["participants"])
         return result | {"seconds": jnp.full(len(there), self.seconds, jnp.float32)}
-
-    def _there(self, outputs: Outputs) -> Bool[Array, "B"]:
-        streams = [tokens for name, tokens in outputs.fused.items() if name in self.streams]
-        return jnp.stack([(tokens.valid & (tokens.at >= 0)).any(1) for tokens in streams]).any(0)
 
     def features(self, outputs: Outputs, batch: Batch) -> dict:
         """Returns per sample the sums of errors and how many steps they are of: name → {"error": [B], "count": [B]}.
@@ -208,7 +142,7 @@ class Localise(nn.Module):
         """
         truth = self._truth(batch)
         told = self._tell(outputs)
-        use = truth["known"] & batch.valid & self._there(outputs)
+        use = truth["known"] & batch.valid & have_time(outputs, self.streams)
         there = (truth["label"] >= 0) & use[:, None]
         mine = assign(truth["start"], truth["end"], there, self.times, self.radius)
         kinds = jax.nn.one_hot(truth["label"], self.classes)  # of −1: zeros
