@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make as digits
 
 from vmm.__main__ import main as vmm
+from vmm.build import load_config
 from vmm.errors import UserError
 from vmm.evals.predictions import read_predictions
 from vmm.evals.statistics import holm, intervals, paired
@@ -61,6 +62,11 @@ def run(workdir: Path, variant: str, *overrides: str) -> float:
     command("eval", str(workdir), "--predictions")
     told.write_text(json.dumps(state | {"done": True}))
     return state["seconds"]
+
+
+def encoder_of(name: str) -> dict:
+    """Returns the config's encoder of one stream."""
+    return load_config(CONFIG)["trunk"]["encoders"][name]
 
 
 def correct(workdir: Path, evaluator: str) -> dict[str, dict[str, float]]:
