@@ -88,7 +88,7 @@ def test_names_of_metrics_and_datasets():
 def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     opened = open_run(run)
     plain = model_card(opened)
-    assert plain.data.license == "apache-2.0" and plain.data.get("base_model") is None
+    assert plain.data.license == "unknown" and plain.data.get("base_model") is None
     text = plain.text
     assert "Unknown: who published it did not say." in text and "Licence of the data: unknown." in text
     assert "8 × cpu" in text and "energy|unknown: the power of 'cpu' is not known here" in text
