@@ -44,6 +44,17 @@ def reference_sigmoid(first, second, valid, scale, bias):
     return np.logaddexp(0.0, -signs * logits).sum() / len(logits)
 
 
+def reference_focal(logits, target):
+    chance = 1 / (1 + np.exp(-logits))
+    so = np.where(target > 0, chance, 1 - chance)
+    return -np.where(target > 0, 0.25, 0.75) * (1 - so) ** 2 * np.log(so)
+
+
+def reference_binary(logits, truth):
+    chance = 1 / (1 + np.exp(-logits))
+    return -truth * np.log(chance) - (1 - truth) * np.log(1 - chance)
+
+
 def reference_divergence(one, other):
     p, q = np.exp(one), np.exp(other)
     return np.array([sum(a * np.log(a / b) for a, b in zip(*rows)) for rows in zip(p, q)])
@@ -76,6 +87,13 @@ def cases():
         "mean, light": (losses.mean, reference_mean, {0: values}, {1: np.array([0.1, 0.0, 0.2, 0.3])}),
         "normalise": (losses.normalise, reference_normalise, {0: patches}, {}),
         "cross_entropy": (losses.cross_entropy, reference_cross_entropy, {0: logits}, {1: np.array([0, 2, 1, 2])}),
+        "focal": (losses.focal, reference_focal, {0: logits}, {1: (rng.uniform(size=(B, V)) < 0.4).astype(float)}),
+        "binary_cross_entropy": (
+            losses.binary_cross_entropy,
+            reference_binary,
+            {0: logits, 1: rng.uniform(size=(B, V))},
+            {},
+        ),
         "divergence": (
             losses.divergence,
             reference_divergence,
