@@ -26,7 +26,7 @@ def get_study(quick: bool) -> dict:
     return dict(
         config="configs/real_digits.py:scratch",
         variants={name: (*overrides, *common) for name, overrides in variants.items()},
-        seeds=(0, 1) if quick else (0, 1, 2),
+        seeds=(0, 1, 2),
         score="digits/VA/digit",
         scores=("digits/V/digit", "digits/A/digit"),
         chance={"digits/VA/digit": 0.1, "digits/V/digit": 0.1, "digits/A/digit": 0.1},
