@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_config
 
 from vmm.__main__ import main
+from vmm.build import save_config
 
 
 def vmm(*arguments: str, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
@@ -89,9 +90,10 @@ def test_world_and_tokenizer_through_the_command(tmp_path):
 
 
 def test_train_through_the_command_and_overrides_after_flags(world_folder, tmp_path):
+    save_config(tiny_config(world_folder), tmp_path / "tiny.json")
     done = vmm(
-        "train", "configs/demo.py:small", "steps=2", "--workdir", str(tmp_path / "run"), "batch=8", "data.workers=1", "optim.warmup=1",
-        f"data.train={world_folder}/train.jsonl", f"data.tokenizer={world_folder}/tokenizer.json", "log_every=1",
+        "train", str(tmp_path / "tiny.json"), "steps=2", "--workdir", str(tmp_path / "run"), "batch=8", "data.workers=1",
+        "optim.warmup=1", "log_every=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "clips/s" in done.stderr

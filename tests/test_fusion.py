@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts import HEADS, D, assert_trees_equal, block_flops, finite
+from support.selection import covering
 from test_layers import assert_trees_close, draw, parameters, stacked
 
 from vmm.errors import UserError
@@ -30,7 +31,10 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 FIELDS = {kind: dict(depth=2) for kind in FUSIONS} | {"schedule": dict(layers=("none", "bottleneck", "bottleneck"))}
 FIELDS["mutual"]["frames"] = 2
 fusions = pytest.mark.parametrize("kind", FUSIONS)
-subsets = pytest.mark.parametrize("names", SUBSETS.values(), ids="+".join)
+
+
+def named(value) -> str:
+    return value if isinstance(value, str) else "+".join(value)
 
 
 BATCH = 2  # samples whose FLOPs are counted
@@ -138,8 +142,7 @@ def valid_parts(fused, streams) -> dict:
     return {name: np.asarray(fused[name])[np.asarray(streams[name].valid)] for name in streams}
 
 
-@subsets
-@fusions
+@pytest.mark.parametrize(("kind", "names"), covering(FUSIONS, SUBSETS.values(), ids=named))
 def test_fusion_keeps_keys_and_counts(kind: str, names: tuple):
     """bfloat16 in is bfloat16 out, and parameters are float32."""
     half = {name: t._replace(x=t.x.astype(jnp.bfloat16)) for name, t in streams_of(names).items()}
@@ -174,8 +177,7 @@ def test_invalid_tokens_change_no_fusion(kind: str):
         assert_trees_equal(other_gradient, (gradient, inner))
 
 
-@pytest.mark.parametrize("names", [names for names in SUBSETS.values() if names != MODALITIES], ids="+".join)
-@fusions
+@pytest.mark.parametrize(("kind", "names"), covering(FUSIONS, list(SUBSETS.values())[:ALL], ids=named))
 def test_a_lacking_stream_is_as_if_it_were_not_there(kind: str, names: tuple):
     """A sample of a subset comes out as from a fusion of that subset alone, with the same parameters."""
     streams, params, _ = whole(kind)
@@ -299,16 +301,8 @@ def fusion_flops(kind: str, counts: dict, width: int, **fields) -> tuple[float, 
     return count_flops(jax.jit(module.apply), params, shaped) / BATCH, module
 
 
-# A scan is traced once, whatever its depth.
-FLOPS_CASES = [(kind, names, True) for kind in FUSIONS for names in SUBSETS.values()]
-FLOPS_CASES += [(kind, MODALITIES, False) for kind in FUSIONS]
-
-
-@pytest.mark.parametrize(
-    ("kind", "names", "scan"),
-    FLOPS_CASES,
-    ids=lambda v: {True: "scan", False: "loop"}[v] if isinstance(v, bool) else v if isinstance(v, str) else "+".join(v),
-)
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.exhaustive("a scan is traced sooner"))])
+@pytest.mark.parametrize(("kind", "names"), covering(FUSIONS, reversed(SUBSETS.values()), ids=named))
 def test_fusion_flops_are_the_closed_form(kind: str, names: tuple, scan: bool):
     counts = {name: count for name, count in dict(video=96, audio=40, text=24).items() if name in names}
     layers = ("none", "mixed", "mixed", "perceiver") if kind == "schedule" else (kind,) * 2

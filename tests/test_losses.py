@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.selection import covering, first
 
 from vmm import losses
 from vmm.sharding import MeshShape, batch_sharding, make_mesh, to_device
@@ -260,16 +261,22 @@ def test_garbage_of_no_weight_changes_no_mean():
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
+@functools.cache
+def normalised_contrast(variant: str):
+    def loss(first, second, valid):
+        return CONTRASTIVE[variant](losses.normalise(first), losses.normalise(second), valid)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+
 @pytest.mark.parametrize("variant", CONTRASTIVE)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("valid", [VALID, np.zeros(B, bool), np.arange(B) == 2], ids=["some", "none", "one"])
 def test_constant_embeddings_have_finite_gradients(variant: str, value: float, valid: np.ndarray):
     """Zeros are what an absent stream pools to; constants are a collapsed model. Both must be survived."""
 
-    def loss(first, second):
-        return CONTRASTIVE[variant](losses.normalise(first), losses.normalise(second), jnp.asarray(valid))
-
-    result, gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.full((B, E), value), jnp.full((B, E), value))
+    same = jnp.full((B, E), value)
+    result, gradient = normalised_contrast(variant)(same, same, jnp.asarray(valid))
     assert np.isfinite(result)
     assert all(np.isfinite(leaf).all() for leaf in gradient)
     if not valid.any():
@@ -329,9 +336,9 @@ def dense_and_inputs(variant: str):
     return jax.device_get(jax.jit(jax.value_and_grad(CONTRASTIVE[variant], (0, 1)))(*inputs)), inputs
 
 
-@pytest.mark.parametrize("chunk", [16, 24, 1000])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 2, 1), (2, 2, 2)], ids=["1", "4x2", "2x2x2"])
-@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("mesh", "chunk", "variant"), covering([(2, 2, 2), (4, 2, 1), (1, 1, 1)], [24, 16, 1000], ["softmax", "sigmoid"])
+)
 def test_chunks_are_the_whole(variant: str, mesh: tuple, chunk: int):
     """Any chunk, also one that does not divide the batch, on any mesh: value and gradient to 1e-6."""
     (value, gradients), inputs = dense_and_inputs(variant)
@@ -355,7 +362,7 @@ def temporary_bytes(variant: str, devices: int, chunk: int, batch: int = 32_768,
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("variant", first(["softmax", "sigmoid"]))
 def test_memory_grows_with_the_local_batch(variant: str):
     """Of a global batch of 32,768: half the rows a device, half the memory; the matrix of all pairs is 4 GiB."""
     sizes = {devices: temporary_bytes(variant, devices, 512) for devices in (2, 4, 8)}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from contracts import HEADS, D, assert_trees_equal, finite
 from flax.core import FrozenDict
+from support.selection import first
 from test_layers import assert_trees_close, parameters
 
 from vmm.objectives import OBJECTIVES
@@ -170,7 +171,11 @@ VARIANTS = [(kind, ()) for kind in OBJECTIVES] + [
         (("context", ("audio",)), ("similarity", 0.5), ("edges", 0.5), ("adversary", FrozenDict(depth=1, width=4))),
     ),
 ]
+# Each kind once, and where nothing more is compiled for it, or in `make test-all`, every variant.
 variants = pytest.mark.parametrize(("kind", "fields"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(len(v)))
+kinds_first = pytest.mark.parametrize(
+    ("kind", "fields"), first(VARIANTS, len(OBJECTIVES), ids=lambda v: f"{v[0]}-{len(v[1])}")
+)
 
 
 @variants
@@ -200,7 +205,7 @@ def test_call_is_loss_of_features(kind: str, fields: tuple):
     assert_trees_close(dict(again_metrics), dict(metrics), 1e-6)
 
 
-@variants
+@kinds_first
 def test_rows_that_only_fill_a_batch_change_nothing(kind: str, fields: tuple):
     """Garbage in them, and the loss is that of the batch without them."""
     params, function = objective_functions(kind, fields)
@@ -253,7 +258,7 @@ def test_a_batch_of_nothing_has_a_finite_loss(kind: str, fields: tuple, filling:
         assert float(value) == 0.0
 
 
-@variants
+@kinds_first
 def test_predictions_are_per_sample(kind: str, fields: tuple):
     params, _ = objective_functions(kind, fields)
     module = objective_of(kind, **dict(fields))

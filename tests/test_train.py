@@ -6,14 +6,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, tiny_config
+from support.server import server
 
 from vmm.build import save_config
 from vmm.errors import DataBudgetError, NumericError, StorageError, UserError
@@ -22,11 +22,11 @@ from vmm.train import train
 from vmm.training.checkpoint import Checkpoints
 from vmm.training.metrics import MetricLog, read_rows
 
-STEPS = 12
+STEPS = 8
 
 
 def run_config(world: Path) -> dict:
-    return small_config(world, steps=STEPS, batch=16, save_every=3, log_every=1)
+    return tiny_config(world, steps=STEPS, batch=16, save_every=3, log_every=1)
 
 
 def losses(workdir: Path) -> dict[int, dict]:
@@ -50,14 +50,13 @@ def command(world: Path, workdir: Path, workers: int = 0) -> list[str]:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     config, made = workdir.parent / f"{workdir.name}.json", run_config(world)
     save_config(made | {"data": made["data"] | {"workers": workers}}, config)
-    return [sys.executable, "-m", "vmm", "train", str(config), "--workdir", str(workdir)]
+    return ["-m", "vmm", "train", str(config), "--workdir", str(workdir)]
 
 
 def start(world: Path, workdir: Path, until: int, workers: int = 0):
     """Starts a run in a process of its own, and group, and returns it once `until` steps are logged."""
-    process = subprocess.Popen(
-        command(world, workdir, workers), stderr=subprocess.PIPE, text=True, cwd=ROOT, process_group=0
-    )
+    arguments = command(world, workdir, workers)
+    process = server.start(arguments, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, group=True)
     deadline = time.monotonic() + 240
     while len(read_rows(workdir / "metrics.jsonl")) < until and process.poll() is None:
         assert time.monotonic() < deadline
@@ -115,14 +114,14 @@ def test_resumes_on_another_mesh(straight, world_folder, tmp_path):
 def test_done_run_is_left_alone(straight, world_folder, capsys):
     before = (straight / "metrics.jsonl").read_bytes()
     assert train(run_config(world_folder), straight) == {}
-    assert "all 12 steps are done" in capsys.readouterr().out
+    assert f"all {STEPS} steps are done" in capsys.readouterr().out
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
 def test_evaluating_while_training_changes_nothing(straight, world_folder, tmp_path):
-    train(run_config(world_folder) | {"eval_every": 5}, tmp_path)
+    train(run_config(world_folder) | {"eval_every": 3}, tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows if "eval/retrieval/V→T/R@1" in row] == [5, 10]
+    assert [row["step"] for row in rows if "eval/retrieval/V→T/R@1" in row] == [3, 6]
     mine = [row["loss"] for row in rows if "loss" in row]
     assert mine == [row["loss"] for row in losses(straight).values()]
 
@@ -199,11 +198,11 @@ def test_full_disk_is_said_and_the_last_checkpoint_stays(straight, world_folder,
     checkpoints = Checkpoints(workdir)
     usage = shutil.disk_usage(workdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(StorageError, match="MB needed.*checkpoint of step 12 is intact"):
-        checkpoints.save(state, 13, 13 * 16)
+    with pytest.raises(StorageError, match="MB needed.*checkpoint of step 8 is intact"):
+        checkpoints.save(state, STEPS + 1, (STEPS + 1) * 16)
     monkeypatch.undo()
     checkpoints.close()
-    assert open_run(workdir).step == 12
+    assert open_run(workdir).step == STEPS
 
 
 def test_save_while_stepping_keeps_the_saved_numbers(straight, world_folder, tmp_path):
@@ -241,7 +240,7 @@ def test_changed_bytes_are_noticed(straight, tmp_path):
     for trial in range(3):
         workdir = tmp_path / str(trial)
         shutil.copytree(straight, workdir)
-        path = random.Random(trial).choice(_array_files(workdir / "checkpoints" / "12"))
+        path = random.Random(trial).choice(_array_files(workdir / "checkpoints" / str(STEPS)))
         data = bytearray(path.read_bytes())
         data[random.Random(trial).randrange(len(data) // 2, len(data))] ^= 0x10
         path.write_bytes(bytes(data))
@@ -253,9 +252,9 @@ def test_damaged_description_is_noticed(straight, tmp_path):
     import shutil
 
     shutil.copytree(straight, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "12" / "state" / "_METADATA"
+    path = tmp_path / "run" / "checkpoints" / str(STEPS) / "state" / "_METADATA"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"checkpoints/12: cannot be read .*remove that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/8: cannot be read .*remove that folder"):
         open_run(tmp_path / "run")
 
 
@@ -268,7 +267,7 @@ def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world
     checkpoints = Checkpoints(straight)
     with pytest.raises(
         UserError,
-        match=r"(?s)does not fit this model.*ema/objective_contrast/project_audio_audio-text/kernel: \(\(32, 16\)",
+        match=r"(?s)does not fit this model.*ema/objective_contrast/project_text_all/kernel: \(\(16, 16\)",
     ):
         checkpoints.restore(other.shapes)
     checkpoints.close()
@@ -276,7 +275,7 @@ def test_checkpoint_of_another_model_gives_a_readable_difference(straight, world
 
 def test_keeps_the_newest_checkpoints(straight):
     kept = sorted(int(path.name) for path in (straight / "checkpoints").iterdir() if path.name.isdigit())
-    assert kept == [9, 12]
+    assert kept == [6, STEPS]
 
 
 def test_metric_log_cuts_what_a_dead_run_wrote_after_its_checkpoint(tmp_path):

@@ -4,12 +4,12 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from conftest import FLAGS, ROOT
+from support.server import server
 
 
 class Ended(NamedTuple):
@@ -52,12 +52,10 @@ class Job:
         self.processes = []
         for process, log in enumerate(self.logs):
             with open(log, "w") as file:
+                variables = environment(process, processes, port, devices, **more)
                 self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                        env=environment(process, processes, port, devices, **more),
-                    )
-                )  # fmt: skip
+                    server.start(arguments, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+                )
 
     def wait(self, seconds: float = 180) -> list[Ended]:
         """Waits for all of them; kills them after so many seconds."""
