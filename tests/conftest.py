@@ -28,6 +28,8 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("families")
+
 WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
 
 
@@ -44,7 +46,17 @@ SLOW = [
 ]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive(reason) too")
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item for item in items if item.get_closest_marker("exhaustive")]
+    for item in marked:
+        assert item.get_closest_marker("exhaustive").args, f"{item.nodeid}: exhaustive needs a reason"
+    if marked and not config.getoption("--exhaustive"):
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
 
 

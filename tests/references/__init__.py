@@ -62,12 +62,16 @@ def uniform(key: str, *shape: int) -> np.ndarray:
     return ((bits >> 11) * 2.0**-52 - 1).reshape(shape) * math.sqrt(3)
 
 
-def draw(shapes: dict, prefix: str = "", deviation: float = 0.2) -> dict[str, np.ndarray]:
-    """Draws weights, none at a special value: name → float32. Files with and without the prefix have the same values."""
-    return {
-        name: np.asarray(deviation * uniform(name.removeprefix(prefix), *shape), np.float32)
-        for name, shape in shapes.items()
-    }
+def draw(shapes: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """Draws weights, none at a special value, the scales of norms around one: name → float32.
+
+    Files with and without the prefix have the same values.
+    """
+    tensors = {}
+    for name, shape in shapes.items():
+        around = float("norm" in name.lower() and name.endswith("weight"))
+        tensors[name] = np.asarray(around + 0.2 * uniform(name.removeprefix(prefix), *shape), np.float32)
+    return tensors
 
 
 def below(key: str, low: int, high: int, *shape: int) -> np.ndarray:
