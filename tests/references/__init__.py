@@ -2,7 +2,8 @@
 
 A reference is two files:
 
-    NAME.json   "made_with": versions; "config": a model's config.json; "prefix"; "tensors": name → shape
+    NAME.json   "made_with": versions; "class": of transformers, which loads it; "config": its config.json;
+                "tensors": name → shape; "prefix": of names that other files do without
     NAME.npz    arrays: "input/…" what went in, "output/…" and "gradient/…" what came out, "tensor/…" weights
 
 Weights are drawn, not stored, but for the few that a model has no choice of (tables of sines).
@@ -20,6 +21,13 @@ from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
 RATE = 16000
+CAPTIONS = [
+    f"a {colour} {shape} moves {way} in silence, {number}"
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square", "star")
+    for way in ("left", "right", "up")
+    for number in ("one", "two", "three")
+]
 
 
 class Reference(NamedTuple):

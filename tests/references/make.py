@@ -30,11 +30,11 @@ from transformers.image_utils import (
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from references import RATE, below, draw, orders, pixels, sounds, uniform, waves  # noqa: E402
+from references import CAPTIONS, RATE, below, draw, orders, pixels, sounds, uniform, waves  # noqa: E402
 
 
 class Made(NamedTuple):
-    """What is written of a reference. shapes: of the drawn tensors. stored: of the others, their values."""
+    """What is written of a reference. shapes: of the drawn tensors. stored: of the others, their values. cls: what loads it."""
 
     config: dict = {}
     prefix: str = ""
@@ -43,14 +43,15 @@ class Made(NamedTuple):
     inputs: dict = {}
     outputs: dict = {}
     gradients: dict = {}
+    cls: str | None = None
 
 
 class Published(NamedTuple):
     """A model that `from_pretrained` loads.
 
     run: (model, inputs) → outputs by name. options: of from_pretrained. prefix: of the base model's names where a file
-    holds a head too. again: what loads our export of it, (class, options, that part of the whole model); None: the same.
-    absent: what the names of tensors begin with that an export lacks.
+    holds a head too. again: what loads our export of it, (class, options); None: the same. absent: what the names of
+    tensors begin with that an export lacks.
     """
 
     cls: type
@@ -78,14 +79,14 @@ class Published(NamedTuple):
         exact = self.run(copy.deepcopy(model).double(), self.inputs)
         for name, value in outputs.items():
             print(f"  {name}: {difference(value, exact[name]):.1e} from float64")
-        return Made(config, self.prefix, shapes, stored, self.inputs, numpy_of(outputs))
+        return Made(config, self.prefix, shapes, stored, self.inputs, numpy_of(outputs), cls=self.cls.__name__)
 
     def load(self, folder):
         return self.cls.from_pretrained(folder, **self.options).eval()
 
     def load_again(self, folder) -> tuple:
         """Returns (the model of our export, what was told while loading)."""
-        cls, options, _ = self.again or (self.cls, self.options, None)
+        cls, options = self.again or (self.cls, self.options)
         model, told = cls.from_pretrained(folder, **options, output_loading_info=True)
         return model.eval(), told
 
@@ -155,6 +156,7 @@ for _name, _cls, _fields in (
     publish(
         _name, _cls, transformers.VideoMAEConfig(**VIDEOMAE | _fields), dict(video=pixels(2, 4, 16, 16, 3)),
         tokens_of(*IMAGENET, lambda model: getattr(model, "videomae", model)), "videomae.",
+        again=(transformers.VideoMAEModel, {}) if _fields else None,
     )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ publish(
     "vivit_base", transformers.VivitModel,
     transformers.VivitConfig(**SMALL, image_size=16, num_frames=4, tubelet_size=[2, 8, 4], qkv_bias=False),
     dict(video=pixels(2, 4, 16, 16, 3)), tokens_of(*VIVIT), "vivit.",
-    again=(transformers.VivitModel, dict(add_pooling_layer=False), lambda model: model),
+    again=(transformers.VivitModel, dict(add_pooling_layer=False)),
 )  # fmt: skip
 
 
@@ -267,17 +269,22 @@ _prism = transformers.VideoPrismVisionConfig(**VIDEOPRISM)
 _larger = transformers.VideoPrismVisionConfig(**VIDEOPRISM, num_auxiliary_layers=1)
 _text = dict(vocab_size=8, hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 _both = transformers.VideoPrismConfig(vision_config=_larger.to_dict(), text_config=_text)
-for _name, _cls, _config, _prefix, _base in (
-    ("videoprism", transformers.VideoPrismVisionModel, _prism, "", lambda model: model),
-    ("videoprism_video", transformers.VideoPrismVideoModel, _larger, "vision_model.", lambda model: model.vision_model),
-    (
-        "videoprism_clip", transformers.VideoPrismClipModel, _both, "video_model.vision_model.",
-        lambda model: model.video_model.vision_model,
-    ),
-):  # fmt: skip
+
+
+def vision_of(model):
+    """The encoder of frames, alone or in a larger model."""
+    model = getattr(model, "video_model", model)
+    return getattr(model, "vision_model", model)
+
+
+for _name, _cls, _config, _prefix in (
+    ("videoprism", transformers.VideoPrismVisionModel, _prism, ""),
+    ("videoprism_video", transformers.VideoPrismVideoModel, _larger, "vision_model."),
+    ("videoprism_clip", transformers.VideoPrismClipModel, _both, "video_model.vision_model."),
+):
     publish(
-        _name, _cls, _config, dict(video=pixels(2, 3, 18, 18, 3)), tokens_of(0, 1, _base), _prefix,
-        again=(transformers.VideoPrismVisionModel, {}, _base),
+        _name, _cls, _config, dict(video=pixels(2, 3, 18, 18, 3)), tokens_of(0, 1, vision_of), _prefix,
+        again=(transformers.VideoPrismVisionModel, {}),
     )  # fmt: skip
 
 
@@ -396,7 +403,7 @@ for _name, _cls, _bias, _seconds in (
     publish(
         _name, _cls, transformers.ASTConfig(**AST, qkv_bias=_bias), dict(seconds=np.float64(_seconds)), ast_run,
         "audio_spectrogram_transformer.",
-        again=(transformers.ASTModel, {}, lambda m: getattr(m, "audio_spectrogram_transformer", m)),
+        again=(transformers.ASTModel, {}),
     )  # fmt: skip
 
 WHISPER = dict(
@@ -419,7 +426,7 @@ for _name, _cls, _seconds in (
 ):
     publish(
         _name, _cls, transformers.WhisperConfig(**WHISPER), dict(seconds=np.float64(_seconds)), whisper_run, "model.",
-        again=(transformers.WhisperModel, {}, lambda m: getattr(m, "model", m)), absent="decoder.",
+        again=(transformers.WhisperModel, {}), absent="decoder.",
     )  # fmt: skip
 
 
@@ -593,7 +600,7 @@ _words[0, 9:] = 0
 for _name, _cls in (("bert", transformers.BertModel), ("bert_masked", transformers.BertForMaskedLM)):
     publish(
         _name, _cls, transformers.BertConfig(**TEXT), dict(text=_words), bert_run, "bert.",
-        again=(transformers.BertModel, dict(add_pooling_layer=False), lambda model: getattr(model, "bert", model)),
+        again=(transformers.BertModel, dict(add_pooling_layer=False)),
     )  # fmt: skip
 
 
@@ -612,7 +619,7 @@ _picture = dict(video=pixels(2, 1, 24, 24, 3))
 for _name, _bias in (("vit", True), ("vit_plain", False)):
     publish(
         _name, transformers.ViTModel, transformers.ViTConfig(**IMAGE, qkv_bias=_bias), _picture, vit_run, "vit.",
-        dict(add_pooling_layer=_bias), (transformers.ViTModel, dict(add_pooling_layer=False), lambda model: model),
+        dict(add_pooling_layer=_bias), (transformers.ViTModel, dict(add_pooling_layer=False)),
     )  # fmt: skip
 publish(
     "vit_classifier", transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=5), _picture,
@@ -628,7 +635,7 @@ def vit_mae_tokens(model, inputs):
 for _name, _bias in (("vit_mae_encoder", True), ("vit_mae_encoder_plain", False)):
     publish(
         _name, transformers.ViTMAEModel, transformers.ViTMAEConfig(**IMAGE, qkv_bias=_bias, mask_ratio=0.0), _picture,
-        vit_mae_tokens, "vit.",
+        vit_mae_tokens, "vit.", again=(transformers.ViTMAEModel, dict(mask_ratio=0.0)),
     )  # fmt: skip
 
 
@@ -741,14 +748,6 @@ def siglip_encoder() -> Made:
 
 # Tokenizers as they are published, and what transformers makes of texts with them.
 
-CAPTIONS = [
-    f"a {colour} {shape} moves {way} in silence, {number}"
-    for colour in ("red", "blue", "green")
-    for shape in ("circle", "square", "star")
-    for way in ("left", "right", "up")
-    for number in ("one", "two", "three")
-]
-
 
 def tokenizer_bert() -> tuple:
     """Padded and cut at a fixed length, as sentence-transformers saves it."""
@@ -791,7 +790,13 @@ def tokenizer_siglip() -> tuple:
 
 
 def tokenizer_made(make: Callable) -> Made:
+    from tokenizers import Tokenizer
+
     tokenizer, pad, beside = make()
+    # Among equals, training chooses at random: what was trained once stays, until its file is deleted.
+    path = HERE / f"{make.__name__}.json"
+    if path.is_file():
+        tokenizer = Tokenizer.from_str(json.dumps(json.loads(path.read_text())["config"]["tokenizer"]))
     captions = [*CAPTIONS[::20], "", "a star"]
     config = dict(tokenizer=json.loads(tokenizer.to_str()), tokenizer_config=beside, captions=captions)
     with tempfile.TemporaryDirectory() as folder:
@@ -822,7 +827,11 @@ def defaults() -> Made:
 
 def write(name: str, made: Made) -> None:
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    head = [f' "made_with": {json.dumps(versions)}', f' "config": {json.dumps(made.config)}']
+    head = [
+        f' "made_with": {json.dumps(versions)}',
+        f' "class": {json.dumps(made.cls)}',
+        f' "config": {json.dumps(made.config)}',
+    ]
     shapes = ",\n".join(f"  {json.dumps(key)}: {json.dumps(shape)}" for key, shape in made.shapes.items())
     tail = [f' "prefix": {json.dumps(made.prefix)}', f' "tensors": {{\n{shapes}\n }}' if shapes else ' "tensors": {}']
     (HERE / f"{name}.json").write_text("{\n" + ",\n".join(head + tail) + "\n}\n")
