@@ -262,7 +262,8 @@ def test_a_warm_start_needs_something_that_fits(published, tmp_path, world_folde
     experiment = Experiment(config)
     mesh = experiment.make_mesh()
     with jax.set_mesh(mesh):
-        state = experiment.program(mesh).init(jax.random.key(0))
+        state = jax.eval_shape(experiment.program(mesh).init, jax.random.key(0))
+        state = state._replace(params=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.params))
         with pytest.raises(UserError, match="nothing of"):
             warm_start(state, experiment, str(published))
 
