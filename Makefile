@@ -36,9 +36,9 @@ demo: setup
 	@$(BIN)/vmm publish $(RUN) $(RUN)/published
 	@$(BIN)/vmm report $(RUN) $(foreach study,$(wildcard runs/0001-fusion*/table.json),--ablation $(dir $(study)))
 
-# What published weights are compared with; the demo does not need it.
+# What makes tests/references, and what exhaustive tests run beside ours; `make test` does without.
 $(BIN)/.ready-peers: $(BIN)/.ready-$(JAX_EXTRA) requirements-peers.txt
-	@echo "installing PyTorch and transformers into $(VENV), for tests against them"
+	@echo "installing PyTorch and transformers into $(VENV), for exhaustive tests"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
@@ -53,7 +53,7 @@ $(VENV)/libtpu/.ready: $(BIN)/.ready-$(JAX_EXTRA) requirements-plan.txt
 
 libtpu: $(VENV)/libtpu/.ready
 
-test: $(BIN)/.ready-peers $(VENV)/libtpu/.ready lint
+test: $(VENV)/libtpu/.ready lint
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Beam wants other versions of common libraries: it has an environment of its own.

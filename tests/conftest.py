@@ -32,6 +32,8 @@ import pytest  # noqa: E402
 from support.server import server  # noqa: E402
 
 pytest_plugins = ["support.budget", "support.selection"]
+pytest.register_assert_rewrite("families")
+
 WORLD_SIZES = {"train": 48, "validation": 12, "test": 18}
 
 

@@ -1,4 +1,4 @@
-"""Parameters of transformers' modules, drawn at random and laid out as ours, by hand: what the importers must arrive at."""
+"""Parameters of transformers' modules laid out as ours, by hand: what the importers must arrive at."""
 
 import numpy as np
 
@@ -17,20 +17,6 @@ CLIP = dict(
     norm_attention="layer_norm1", norm_mlp="layer_norm2", up="mlp.fc1", down="mlp.fc2",
 )  # fmt: skip
 WHISPER = CLIP | dict(norm_attention="self_attn_layer_norm", norm_mlp="final_layer_norm", up="fc1", down="fc2")
-
-
-def randomise(module, seed: int = 0) -> dict[str, np.ndarray]:
-    """Gives every parameter of a torch module a random value, none at a special one; returns them by name."""
-    import torch
-
-    rng, values = np.random.default_rng(seed), {}
-    for name, tensor in module.state_dict().items():
-        fan = np.prod(tensor.shape[1:]) if tensor.ndim > 1 and "embedd" not in name else 16
-        values[name] = rng.normal(0, 1 / np.sqrt(fan), tuple(tensor.shape)).astype(np.float32)
-        values[name] += "norm" in name.lower() and name.endswith("weight")  # scales around one
-    module.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
-    module.eval()
-    return values
 
 
 def norm(values: dict, name: str) -> dict:

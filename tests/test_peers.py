@@ -8,6 +8,7 @@ from vmm.__main__ import main
 from vmm.bench import peers
 
 
+@pytest.mark.exhaustive("PyTorch and transformers at run time")
 def test_peers_runs_small(tmp_path, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

