@@ -23,7 +23,12 @@ VARIANTS["finetune_classify.py"] = ("", "probe", "lora", "layer_decay", "scratch
 
 
 def cases():
-    return [(name, variant) for name in NAMES for variant in VARIANTS.get(name, ("", "small"))]
+    """Every recipe once, as small as it comes; its other variants, full size among them, in `make test-all`."""
+    for name in NAMES:
+        *others, smallest = VARIANTS.get(name, ("", "small"))
+        yield pytest.param(name, smallest)
+        for variant in others:
+            yield pytest.param(name, variant, marks=pytest.mark.exhaustive("a larger trace of the same parts"))
 
 
 @pytest.mark.parametrize(("name", "variant"), cases())

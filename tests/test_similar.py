@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_train import small_config
+from conftest import small_config
 
 import vmm
 from vmm.__main__ import main
