@@ -10,11 +10,14 @@ JAX_EXTRA ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda1
 	elif ls /dev/accel* >/dev/null 2>&1 || [ -n "$$TPU_NAME$$TPU_WORKER_ID" ]; then echo tpu; else echo cpu; fi)
 EXTRA := $(if $(filter-out cpu,$(JAX_EXTRA)),"jax[$(JAX_EXTRA)]")
 
-.PHONY: help setup demo test test-beam libtpu lint clean
+.PHONY: help setup demo test test-all check test-beam libtpu lint clean
 
 help:
 	@echo "make demo   the whole way on a synthetic world: data, training, evaluation, publishing, report"
-	@echo "make test   all tests; make test-beam: those of the optional Apache Beam extra"
+	@echo "make test   the tests: every contract and numeric reference, in 20 processor minutes or less"
+	@echo "make check  while writing: lint, and the tests of what is changed (or FILES=\"vmm/losses.py …\")"
+	@echo "make test-all  with every combination of cases, PyTorch and transformers: 60 processor minutes or less"
+	@echo "make test-beam those of the optional Apache Beam extra"
 	@echo "make libtpu what vmm plan compiles for TPUs with (make test does it too)"
 	@echo "make lint   what pre-commit runs"
 	@echo "make clean  removes the environment, the demo's data and run"
@@ -53,8 +56,17 @@ $(VENV)/libtpu/.ready: $(BIN)/.ready-$(JAX_EXTRA) requirements-plan.txt
 
 libtpu: $(VENV)/libtpu/.ready
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/libtpu/.ready lint
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(BIN)/.ready-peers $(VENV)/libtpu/.ready lint
+	@$(PYTEST) --exhaustive $(PYTEST_ARGS)
+
+check: lint
+	@TESTS="$$($(BIN)/python tests/support/own.py $(FILES))"; \
+	if [ -n "$$TESTS" ]; then $(BIN)/python -m pytest $$TESTS $(PYTEST_ARGS); else echo "nothing is changed that has tests"; fi
 
 # Beam wants other versions of common libraries: it has an environment of its own.
 .venv-beam/.ready: requirements.txt requirements-dev.txt requirements-beam.txt pyproject.toml

@@ -87,6 +87,7 @@ def small_config(world: Path, **changes) -> dict:
     config["data"]["clip"] = dict(seconds=2.0, frames=4, size=24, sample_rate=16000, text_length=24)
     config["evals"] = {"retrieval": dict(kind="retrieval", data=f"{world}/test.jsonl", objective="contrast")}
     config["trunk"]["encoders"]["video"]["tubelet"] = (2, 12, 12)
+    config["trunk"]["fusion"] = dict(kind="joint", width=32, depth=1, heads=2)  # the least that mixes
     return config | changes
 
 

@@ -47,6 +47,7 @@ def fusion_config(folder: Path, kind: str, steps: int) -> dict:
     return config | {"steps": steps, "save_every": 1000}
 
 
+@pytest.mark.exhaustive("trains two models until they have learned; tests of fusion say what mixes in one pass")
 @pytest.mark.parametrize("kind", ["late", "joint"])
 def test_exclusive_or_separates_fusion_from_averaging(kind, fusion_world, tmp_path):
     """Each stream's own bit is learned either way; the bit of both only where streams meet."""

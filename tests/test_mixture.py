@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_config, tiny_config
 from test_loader import CLIP, PLAIN, RANDOM, assert_same, batches, heard, order, tone_data, write_manifest, write_tone
 
 from vmm.data import text
@@ -157,7 +157,7 @@ def test_a_run_trains_in_buckets_and_compiles_once_for_each(world_folder, tmp_pa
     lines = [json.loads(line) for line in (world_folder / "train.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):
         line |= {"path": str(world_folder / line["path"]), "end": 1.0 if number % 2 else 2.0}
-    config = small_config(world_folder)
+    config = tiny_config(world_folder)
     config["data"] |= {
         "train": str(write_manifest(tmp_path / "m.jsonl", lines)),
         "buckets": (dict(seconds=1.0, frames=2), dict(seconds=2.0, frames=4)),

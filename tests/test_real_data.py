@@ -94,6 +94,7 @@ def test_pictures_and_recordings_are_split_before_they_are_paired(digits):
 
 
 @needs_data
+@pytest.mark.exhaustive("a whole study: minutes of training")
 def test_the_short_study_runs_goes_on_and_writes_its_table(study, tmp_path, capsys):
     text = study.study(DATA, tmp_path / "out", count=5, seeds=1, quick=True, evaluated="test")
     result = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -347,6 +347,7 @@ def tiny(world: Path) -> dict:
     return config
 
 
+@pytest.mark.exhaustive("a long kill: four sweeps in processes of their own")
 def test_a_real_sweep_killed_goes_on_to_the_same_end(world_folder, tmp_path):
     """The command itself; SIGKILL in the second trial, resumed: the value of that trial undisturbed."""
     save_config(tiny(world_folder), tmp_path / "tiny.json")
