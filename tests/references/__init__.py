@@ -6,7 +6,7 @@ A reference is two files:
                 "tensors": name → shape; "prefix": of names that other files do without
     NAME.npz    arrays: "input/…" what went in, "output/…" and "gradient/…" what came out, "tensor/…" weights
 
-Weights are drawn, not stored, but for the few that a model has no choice of (tables of sines).
+Weights are drawn, not stored, but for the few that are not trained (tables of positions).
 """
 
 import functools
