@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_config, tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
+from test_layers import parameters
 
 from vmm.augment import CutMix, MixUp, SpecAugment, augment, colour_factors, cut, draw, jitter_colour, mix, spec_augment
 from vmm.data.samples import Augment, _withhold
@@ -165,20 +166,21 @@ def test_spec_augment_zeroes_whole_bands_and_nothing_else():
 
 
 def test_spec_augment_is_of_training_only(world_folder):
-    config = small_config(world_folder)
-    config["data"]["augment"] = dict(spectrogram=dict(time_masks=4, time_width=200))
-    plain, noisy = Experiment(small_config(world_folder)), Experiment(config)
+    plain, noisy = (tiny_config(world_folder, ("audio", "text")) for _ in range(2))
+    noisy["data"]["augment"] = dict(spectrogram=dict(time_masks=4, time_width=200))
+    plain, noisy = Experiment(plain), Experiment(noisy)
     shapes = plain.batch_shapes(4)
     rng = np.random.default_rng(0)
     batch = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0, 2, leaf.shape)).astype(leaf.dtype), shapes)
-    params = jax.tree.map(lambda x: x, plain.recipe.init(jax.random.key(0), batch, keys(0, range(4)))["params"])
-    import flax.linen as nn
+    params = parameters(plain.recipe, batch, keys(0, range(4)))
 
-    params = nn.unbox(params)
-    for method in ("predict",):
-        one, two = (e.recipe.apply({"params": params}, batch, method=method) for e in (plain, noisy))
-        assert all(np.array_equal(one[key], two[key]) for key in one)
-    losses = [e.loss()(params, params, batch, jax.random.key(1))[0] for e in (plain, noisy)]
+    def both(experiment):
+        said = experiment.recipe.apply({"params": params}, batch, method="predict")
+        return said, experiment.loss()(params, params, batch, jax.random.key(1))[0]
+
+    (one, first), (two, second) = (jax.jit(lambda e=e: both(e))() for e in (plain, noisy))
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+    losses = [first, second]
     assert losses[0] != losses[1]
 
 
@@ -387,7 +389,7 @@ def test_mixup_where_it_cannot_be(world_folder, mixup, words):
 def test_a_run_trains_with_everything_on(world_folder, tmp_path):
     from vmm.train import train
 
-    config = small_config(world_folder)
+    config = tiny_config(world_folder, ("video", "audio"))
     config["objectives"] = {"labels": dict(kind="classify", labels={"shape": 6, "pitch": 8})}
     config["views"] = {"clean": {}}
     config["evals"] = {}

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import tiny_config
 
 from vmm.__main__ import main
 from vmm.compare import compare
@@ -31,7 +31,7 @@ LABELS = {"shape": 6, "both": 2}
 def run(world_folder, tmp_path_factory) -> Iterator[Path]:
     """The workdir of a model as it is before training, on one device, evaluated under every suite."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small_config(world_folder)
+    config = tiny_config(world_folder, ("video", "audio", "text"), mixes=True)
     config["data"] |= {"labels": LABELS}
     config["objectives"] = {
         "contrast": config["objectives"]["contrast"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, tiny_config
 from two import Job, free_port
 
 from vmm.build import save_config
@@ -27,14 +27,10 @@ STEPS, BATCH = 10, 16
 WORKER = ROOT / "tests" / "worker.py"
 
 
-def tiny_config(world: Path, **changes) -> dict:
-    """Video and text, one objective: compiles in seconds."""
-    config = small_config(world, steps=STEPS, batch=BATCH, save_every=5, log_every=1, eval_every=4)
-    trunk = config["trunk"]
-    trunk["encoders"] = {name: trunk["encoders"][name] for name in ("video", "text")}
-    trunk["fusion"] = dict(kind="late", width=32, depth=0, heads=2)
-    config["objectives"] = {"contrast": config["objectives"]["contrast"] | {"pairs": (("video", "text"),)}}
-    config["views"] = {"clean": {}}
+def contrast_config(world: Path, **changes) -> dict:
+    """One objective, whose negatives are those of all processes."""
+    config = tiny_config(world, steps=STEPS, batch=BATCH, save_every=5, log_every=1, eval_every=4, views={"clean": {}})
+    del config["objectives"]["masked"]
     config["optim"] = dict(learning_rate=1e-3, warmup=5)
     return config | changes
 
@@ -65,7 +61,7 @@ def ids(folder: Path, process: int) -> list[list[int]]:
 def straight(world_folder, tmp_path_factory) -> Path:
     """One process, eight devices, never interrupted."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    train(tiny_config(world_folder, mesh=dict(data=1, fsdp=8), save_every=1, keep=20), workdir)
+    train(contrast_config(world_folder, mesh=dict(data=1, fsdp=8), save_every=1, keep=20), workdir)
     return workdir
 
 
@@ -73,7 +69,7 @@ def straight(world_folder, tmp_path_factory) -> Path:
 def two(world_folder, tmp_path_factory):
     """Two processes of two devices, mesh 2 × 2, process 1 asked to stop before step 7. → (folder, how they ended)."""
     folder = tmp_path_factory.mktemp("two")
-    config = saved_config(tiny_config(world_folder, mesh=dict(data=2, fsdp=2)), folder / "config.json")
+    config = saved_config(contrast_config(world_folder, mesh=dict(data=2, fsdp=2)), folder / "config.json")
     job = Job(
         [WORKER, config, folder / "run", folder / "ids" / "PROCESS.jsonl"], folder, devices=2, VMM_FAULT="term:1@7"
     )
@@ -132,7 +128,7 @@ def test_samples_are_shared_out_and_go_on_where_they_stopped(two, world_folder, 
     whole = [one + other for one, other in zip(first[:saved], second[:saved], strict=True)]
     assert all(len(batch) == len(set(batch)) == BATCH for batch in whole), "disjoint"
 
-    config = saved_config(tiny_config(world_folder, mesh=dict(data=4, fsdp=1)), tmp_path / "4x1.json")
+    config = saved_config(contrast_config(world_folder, mesh=dict(data=4, fsdp=1)), tmp_path / "4x1.json")
     shutil.copytree(folder / "run", tmp_path / "4x1")
     job = Job([WORKER, config, tmp_path / "4x1", tmp_path / "ids" / "PROCESS.jsonl"], tmp_path, processes=1, devices=4)
     assert job.wait()[0].code == 0, job.logs[0].read_text()[-2000:]
@@ -142,7 +138,7 @@ def test_samples_are_shared_out_and_go_on_where_they_stopped(two, world_folder, 
     assert seen == list(range(48)), "three batches of 16 are the 48 clips"
 
     shutil.copytree(folder / "run", tmp_path / "1x8")
-    train(tiny_config(world_folder, mesh=dict(data=1, fsdp=8)), tmp_path / "1x8")
+    train(contrast_config(world_folder, mesh=dict(data=1, fsdp=8)), tmp_path / "1x8")
     for name in ("4x1", "1x8"):
         resumed = losses(tmp_path / name)
         assert list(resumed) == list(range(1, STEPS + 1))
@@ -161,7 +157,7 @@ def test_warm_start_teacher_and_bad_files_with_two_processes(world_folder, strai
     for number in (3, 11, 12):
         lines[number]["path"] = "not-there.mp4"
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = tiny_config(world_folder, steps=3, eval_every=0, evals={}, init_from=str(straight))
+    config = contrast_config(world_folder, steps=3, eval_every=0, evals={}, init_from=str(straight))
     config["optim"] = dict(learning_rate=1e-3, warmup=1)
     config["data"] |= {"train": str(tmp_path / "train.jsonl"), "budget": 0.5}
     config["views"]["target"] = dict(teacher=str(straight))
@@ -178,7 +174,7 @@ def test_warm_start_teacher_and_bad_files_with_two_processes(world_folder, strai
 
 
 def since_fault(world, folder, fault, **changes):
-    config = saved_config(tiny_config(world, eval_every=0, save_every=100) | changes, folder / "config.json")
+    config = saved_config(contrast_config(world, eval_every=0, save_every=100) | changes, folder / "config.json")
     job = Job(["-m", "vmm", "train", config, "--workdir", folder / "run"], folder, devices=1, VMM_FAULT=fault)
     deadline = time.monotonic() + 200
     while "VMM_FAULT" not in job.logs[1].read_text():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import tiny_config
 from sklearn import metrics
 
 from vmm.build import load_config
@@ -108,7 +108,7 @@ def test_retrieval_takes_the_same_complete_clips_for_every_direction():
 
 
 def world_predict(world, mesh: tuple, batch: int) -> Predict:
-    config = small_config(world, batch=batch)
+    config = tiny_config(world, ("video", "audio", "text"), mixes=True, batch=batch)
     config["objectives"] |= {"labels": dict(kind="classify", labels={"shape": 6, "both": 2})}
     config["data"] |= {"labels": {"shape": 6, "both": 2}}
     experiment = Experiment(config)

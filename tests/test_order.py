@@ -36,18 +36,18 @@ def test_a_mixture_holds_its_weights_exactly():
 
 
 def test_each_dataset_of_a_mixture_runs_through_its_epochs():
-    order = Order([[part(0, 30, 3.0), part(30, 47, 1.0)]], 8, seed=5)
-    seen = collections.defaultdict(list)
-    for place in walk(order, 400):
-        seen[place.row < 30, place.epoch].append(place.row)
-        assert set(place.peers) == (set(range(30)) if place.row < 30 else set(range(30, 77)))
+    order = Order([[part(0, 300, 3.0), part(300, 470, 1.0)]], 8, seed=5)
+    for place in walk(order, 20):
+        assert set(place.peers) == (set(range(300)) if place.row < 300 else set(range(300, 770)))
     # Places within a cycle are not taken in order, so epochs overlap; each still holds each row once.
-    whole = Order([[part(0, 30, 3.0), part(30, 47, 1.0)]], 10, seed=5)
+    whole = Order([[part(0, 300, 3.0), part(300, 470, 1.0)]], 10, seed=5)
     seen = collections.defaultdict(list)
     for place in walk(whole, 1000):
-        seen[place.row < 30, place.epoch].append(place.row)
-    assert all(sorted(rows) == list(range(30)) for (first, epoch), rows in seen.items() if first and epoch < 250)
-    assert all(sorted(rows) == list(range(30, 77)) for (first, epoch), rows in seen.items() if not first and epoch < 53)
+        seen[place.row < 300, place.epoch].append(place.row)
+    assert all(sorted(rows) == list(range(300)) for (first, epoch), rows in seen.items() if first and epoch < 25)
+    assert all(
+        sorted(rows) == list(range(300, 770)) for (first, epoch), rows in seen.items() if not first and epoch < 5
+    )
 
 
 def test_shares_number_each_part_without_gaps():
@@ -78,11 +78,11 @@ def test_a_row_goes_to_the_longest_bucket_that_it_fills():
 
 
 def test_a_batch_is_of_one_bucket_and_buckets_get_their_share_of_steps():
-    buckets = [[part(0, 30)], [part(30, 10, 1 / 3)]]
-    order = Order(buckets, 4, seed=1)
+    buckets = [[part(0, 6000)], [part(6000, 2000, 1 / 3)]]
+    order = Order(buckets, 2, seed=1)
     steps = collections.Counter()
     for step in range(10_000):
-        of_step = {order(step, place).bucket for place in range(4)}
+        of_step = {order(step, place).bucket for place in range(2)}
         assert len(of_step) == 1
         steps[of_step.pop()] += 1
     assert steps == {0: 7500, 1: 2500}

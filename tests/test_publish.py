@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, tiny_config
 from huggingface_hub import ModelCard
 
 import vmm
@@ -32,7 +32,7 @@ from vmm.training.metrics import read_rows
 @pytest.fixture(scope="module")
 def run(world_folder, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "small"
-    config = small_config(world_folder, steps=4, save_every=2, log_every=1)
+    config = tiny_config(world_folder, ("video", "audio", "text"), mixes=True, steps=4, save_every=2, log_every=1)
     config["optim"] |= {"warmup": 1}
     config["evals"] |= {
         "probe": dict(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import tiny_config
 
 from vmm import losses
 from vmm.errors import UserError
@@ -78,8 +78,7 @@ def test_the_newest_stand_first_and_the_oldest_go():
 
 
 def test_a_run_keeps_its_queue_over_a_restart(tmp_path, world_folder):
-    config = small_config(world_folder, steps=4, save_every=2, log_every=1)
-    config["trunk"]["encoders"] = {name: config["trunk"]["encoders"][name] for name in ("audio", "text")}
+    config = tiny_config(world_folder, ("audio", "text"), steps=4, save_every=2, log_every=1)
     config |= dict(views=dict(clean={}), evals={})
     config["objectives"] = dict(contrast=dict(kind="contrastive", width=16, pairs=(("audio", "text"),), queue=40))
     config["optim"] |= dict(warmup=1)
@@ -106,7 +105,7 @@ def test_a_run_keeps_its_queue_over_a_restart(tmp_path, world_folder):
 
 
 def test_parts_of_a_batch_give_the_same_queue(world_folder):
-    config = small_config(world_folder, steps=10)
+    config = tiny_config(world_folder, steps=10)
     config["objectives"]["contrast"] |= dict(queue=8)
     shapes = []
     for accumulate in (1, 2):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, tiny_config
 
 import vmm
 from vmm.data.manifest import read_manifest
@@ -27,7 +27,7 @@ def test_real_clips_train_and_embed(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(read_manifest(tmp_path / "train.jsonl")) == len(rows)
     train_tokenizer(captions, 400).save(str(tmp_path / "tokenizer.json"))
-    config = small_config(tmp_path, steps=4, batch=16, log_every=1, evals={})
+    config = tiny_config(tmp_path, ("video", "audio", "text"), steps=4, batch=16, log_every=1, evals={})
     config["data"] |= {"labels": {}, "augment": dict(area=(0.6, 1.0), flip=True), "budget": 0.0}
     config["optim"] |= {"warmup": 1}
     train(config, tmp_path / "run")

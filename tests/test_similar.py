@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import tiny_config
 
 import vmm
 from vmm.__main__ import main
@@ -18,7 +18,7 @@ from vmm.train import train
 @pytest.fixture(scope="module")
 def run(world_folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("similar") / "run"
-    config = small_config(world_folder, steps=2, save_every=2, log_every=1)
+    config = tiny_config(world_folder, ("video", "audio", "text"), steps=2, save_every=2, log_every=1)
     config["optim"] |= {"warmup": 1}
     train(config, workdir)
     return workdir

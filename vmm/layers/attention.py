@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from vmm.errors import UserError
 from vmm.layers.chunks import chunked, rows_of
-from vmm.layers.dense import Dense
+from vmm.layers.dense import Dense, parameter
 from vmm.layers.kernels import choose, fused
 from vmm.sharding import constrain, named
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
             raise UserError("block.prefix: only where a token sees every other; set the encoder's attention to joint")
         batch, count = key.shape[0], self.prefix
         init = named(nn.initializers.normal(0.02), (None, "heads", "head_dim"))
-        own = [self.param(f"prefix_{name}", init, (count, *key.shape[2:]), jnp.float32) for name in ("key", "value")]
+        own = [parameter(self, f"prefix_{name}", init, (count, *key.shape[2:])) for name in ("key", "value")]
         own = [jnp.broadcast_to(x.astype(key.dtype), (batch, *x.shape)) for x in own]
         key, value = (jnp.concatenate(pair, axis=1) for pair in zip(own, (key, value)))
         valid = jnp.concatenate([jnp.ones((batch, count), bool), valid], axis=1)
