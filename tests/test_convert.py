@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from conftest import small_config
+from conftest import small_config, tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_layers import parameters
 
@@ -255,11 +255,7 @@ def test_what_a_family_cannot_say_is_no_export(tmp_path, published):
 
 
 def test_a_warm_start_needs_something_that_fits(published, tmp_path, world_folder):
-    config = small_config(world_folder, steps=10)
-    del config["trunk"]["encoders"]["video"]
-    config["objectives"] = dict(contrast=dict(kind="contrastive", pairs=(("audio", "text"),)))
-    config["views"] = dict(clean={})
-    experiment = Experiment(config)
+    experiment = Experiment(tiny_config(world_folder, ("audio", "text"), steps=10))
     mesh = experiment.make_mesh()
     with jax.set_mesh(mesh):
         state = jax.eval_shape(experiment.program(mesh).init, jax.random.key(0))

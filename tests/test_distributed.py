@@ -161,7 +161,7 @@ def test_warm_start_teacher_and_bad_files_with_two_processes(world_folder, strai
     config["optim"] = dict(learning_rate=1e-3, warmup=1)
     config["data"] |= {"train": str(tmp_path / "train.jsonl"), "budget": 0.5}
     config["views"]["target"] = dict(teacher=str(straight))
-    config["objectives"]["distill"] = dict(kind="distill", view="clean", target="target", width=32)
+    config["objectives"]["distill"] = dict(kind="distill", view="clean", target="target", width=16)
     path = saved_config(config | {"mesh": dict(data=1, fsdp=2)}, tmp_path / "config.json")
     ended = Job([WORKER, path, tmp_path / "two", tmp_path / "ids" / "PROCESS.jsonl"], tmp_path, devices=1).wait()
     assert [end.code for end in ended] == [0, 0], [end.log[-3000:] for end in ended]

@@ -238,7 +238,7 @@ def test_embeddings_are_those_of_the_run(run, folder, world_folder):
     model = vmm.load(str(folder))
     got = model.embed(video=paths, audio=paths, text=[lines[i]["caption"][0] for i in whole])
     for name in ("video", "audio", "text"):
-        assert got[name].shape == (3, 32)
+        assert got[name].shape == (3, 16)
         np.testing.assert_allclose(np.linalg.norm(got[name], axis=1), 1.0, rtol=1e-5)
         np.testing.assert_allclose(got[name], rows[f"contrast/{name}"][whole], rtol=1e-4, atol=1e-5)
 
@@ -247,15 +247,15 @@ def test_embeds_paths_arrays_and_single_things(folder, world_folder):
     model = vmm.load(folder)
     path = next((world_folder / "test").glob("*.mp4"))
     one = model.embed(video=path)["video"]
-    assert one.shape == (1, 32)
+    assert one.shape == (1, 16)
     clip = model.experiment.clip
     array = np.zeros((clip.frames, clip.size, clip.size, 3), np.uint8)
-    assert model.embed(video=array)["video"].shape == (1, 32)
-    assert model.embed(video=[array] * 3)["video"].shape == (3, 32)
-    assert model.embed(video=np.stack([array] * 3))["video"].shape == (3, 32)
-    assert model.embed(audio=np.zeros(100, np.float32))["audio"].shape == (1, 32)
+    assert model.embed(video=array)["video"].shape == (1, 16)
+    assert model.embed(video=[array] * 3)["video"].shape == (3, 16)
+    assert model.embed(video=np.stack([array] * 3))["video"].shape == (3, 16)
+    assert model.embed(audio=np.zeros(100, np.float32))["audio"].shape == (1, 16)
     texts = model.embed(text=["a red circle moves left"] * 70)["text"]
-    assert texts.shape == (70, 32)
+    assert texts.shape == (70, 16)
     np.testing.assert_allclose(texts[0], texts[69], rtol=1e-5, atol=1e-6)
 
 
@@ -283,7 +283,7 @@ def test_loads_in_a_clean_process_without_jax_at_import(folder, world_folder):
         f"print(model.embed(video={str(path)!r}, text='a red circle moves left')['video'].shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "(1, 32)", done.stderr
+    assert done.stdout.strip() == "(1, 16)", done.stderr
 
 
 def test_broken_folders(folder, tmp_path):

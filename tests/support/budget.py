@@ -24,6 +24,11 @@ def add_foreign(seconds: float) -> None:
     _foreign += seconds
 
 
+def foreign() -> float:
+    """Returns the processor seconds that were counted so."""
+    return _foreign
+
+
 def spent() -> float:
     """Returns the processor seconds of this process and of its ended children so far."""
     return sum(os.times()[:4]) + _foreign

@@ -120,8 +120,11 @@ class Server:
     def close(self) -> None:
         """Ends the server, not the programs."""
         if self.process is not None:
+            from support import budget
+
             self.process.stdin.close()
             self.process.wait(30)
+            budget.add_foreign(-budget.foreign())  # from here on they count as what the server waited for
             self.process.stdout.close()
             self.folder.cleanup()
             self.process = None
