@@ -6,6 +6,7 @@ is not finite; 5 a result could not be written; 6 a step did not end; 7 devices 
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,21 @@ from vmm.bench.commands import add as add_bench_commands
 from vmm.data.commands import add as add_data_commands
 from vmm.planning.commands import add as add_plan_command
 from vmm.search.commands import add as add_sweep_command
+
+
+def _lighten_children() -> None:
+    """In a process that multiprocessing is starting, which imports this module first: what comes next imports no JAX.
+
+    Such processes read and write data. Grain imports JAX and Orbax where they are, twice the work of all else that a
+    worker imports, and uses neither there.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and getattr(process.current_process(), "_inheriting", False):
+        sys.modules.update(dict.fromkeys(("jax", "orbax")))
+        logging.disable(logging.WARNING)  # Grain's about this; loader.py switches them on again
+
+
+_lighten_children()
 
 
 def _parser() -> argparse.ArgumentParser:
