@@ -175,17 +175,14 @@ def _run(args) -> int | None:
     if args.command in ("data", "bench", "plan", "sweep"):
         args.run(args)
     elif args.command == "train":
-        from vmm.build import load_config
-        from vmm.train import train
-        from vmm.training import distributed
-
-        with distributed.joined():
-            train(load_config(args.config, args.overrides), args.workdir, began=args.began)
+        _train(args)
     elif args.command == "verify-resume":
         from vmm.build import load_config
+
+        config = load_config(args.config, args.overrides)  # its mistakes come before long imports
         from vmm.verify import verify_resume
 
-        return int(not verify_resume(load_config(args.config, args.overrides), args.steps, args.folder))
+        return int(not verify_resume(config, args.steps, args.folder))
     elif args.command == "supervise":
         from vmm.supervise import supervise
 
@@ -232,6 +229,23 @@ def _run(args) -> int | None:
         from vmm.report import report
 
         print(f"{report(args.run, args.out, args.ablation)}: written")
+
+
+def _train(args) -> None:
+    from vmm.build import load_config
+    from vmm.errors import UserError
+    from vmm.training.cluster import find_place
+
+    try:
+        load_config(args.config, args.overrides)  # its mistakes come before JAX is imported, which takes seconds
+    except UserError:
+        if find_place() is None:  # else in the job, below: all its processes end
+            raise
+    from vmm.train import train
+    from vmm.training import distributed
+
+    with distributed.joined():
+        train(load_config(args.config, args.overrides), args.workdir, began=args.began)
 
 
 def _average(args) -> None:
