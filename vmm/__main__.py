@@ -6,6 +6,7 @@ is not finite; 5 a result could not be written; 6 a step did not end; 7 devices 
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,21 @@ from vmm.bench.commands import add as add_bench_commands
 from vmm.data.commands import add as add_data_commands
 from vmm.planning.commands import add as add_plan_command
 from vmm.search.commands import add as add_sweep_command
+
+
+def _lighten_children() -> None:
+    """In a process that multiprocessing is starting, which imports this module first: what comes next imports no JAX.
+
+    Such processes read and write data. Grain imports JAX and Orbax where they are, twice the work of all else that a
+    worker imports, and uses neither there.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and getattr(process.current_process(), "_inheriting", False):
+        sys.modules.update(dict.fromkeys(("jax", "orbax")))
+        logging.disable(logging.WARNING)  # Grain's about this; loader.py switches them on again
+
+
+_lighten_children()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,17 +175,14 @@ def _run(args) -> int | None:
     if args.command in ("data", "bench", "plan", "sweep"):
         args.run(args)
     elif args.command == "train":
-        from vmm.build import load_config
-        from vmm.train import train
-        from vmm.training import distributed
-
-        with distributed.joined():
-            train(load_config(args.config, args.overrides), args.workdir, began=args.began)
+        _train(args)
     elif args.command == "verify-resume":
         from vmm.build import load_config
+
+        config = load_config(args.config, args.overrides)  # its mistakes come before long imports
         from vmm.verify import verify_resume
 
-        return int(not verify_resume(load_config(args.config, args.overrides), args.steps, args.folder))
+        return int(not verify_resume(config, args.steps, args.folder))
     elif args.command == "supervise":
         from vmm.supervise import supervise
 
@@ -216,6 +229,23 @@ def _run(args) -> int | None:
         from vmm.report import report
 
         print(f"{report(args.run, args.out, args.ablation)}: written")
+
+
+def _train(args) -> None:
+    from vmm.build import load_config
+    from vmm.errors import UserError
+    from vmm.training.cluster import find_place
+
+    try:
+        load_config(args.config, args.overrides)  # its mistakes come before JAX is imported, which takes seconds
+    except UserError:
+        if find_place() is None:  # else in the job, below: all its processes end
+            raise
+    from vmm.train import train
+    from vmm.training import distributed
+
+    with distributed.joined():
+        train(load_config(args.config, args.overrides), args.workdir, began=args.began)
 
 
 def _average(args) -> None:

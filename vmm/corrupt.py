@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 from vmm.errors import UserError, one_of
 from vmm.types import Batch
@@ -25,6 +24,8 @@ def drop_frames(video: np.ndarray, level: float, rng: np.random.Generator, rate:
 
 def blur(video: np.ndarray, level: float, rng: np.random.Generator, rate: int) -> np.ndarray:
     """Gaussian blur of each frame. level: standard deviation in pixels of a picture 224 high."""
+    from scipy.ndimage import gaussian_filter  # slow to import, and most runs blur nothing
+
     sigma = level * video.shape[1] / 224
     return np.rint(gaussian_filter(video.astype(np.float32), (0, sigma, sigma, 0))).astype(np.uint8)
 

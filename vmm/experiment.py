@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
 from vmm import adapters, perturb
@@ -117,6 +119,18 @@ class Card:
     base_model: str = ""
 
 
+def _traced(initialise: Callable) -> tuple[Callable, object]:
+    """Returns key → tree and the tree's shapes, traced here and nowhere else.
+
+    jax.jit traces again under every mesh that is set, and a model's init is traced through all of its forward pass; of
+    that, what no parameter depends on is left out.
+    """
+    closed, shapes = jax.make_jaxpr(initialise, return_shape=True)(jax.random.key(0))
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    leaves = jax.jit(jaxpr_as_fun(ClosedJaxpr(needed, closed.consts)))
+    return lambda key: jax.tree.unflatten(jax.tree.structure(shapes), leaves(key)), shapes
+
+
 class Experiment:
     """The parts of a config: config, data, clip, augment, mixup, evaluation, optim, mesh, recipe, evals."""
 
@@ -184,9 +198,8 @@ class Experiment:
         self._check_writers()
         self._check_labels()
         self._check_events()
-        self.initialise = jax.jit(self.initialise)  # traced once, wherever it is called from
+        self.initialise, self.shapes = _traced(self.initialise)  # builds every module, once
         self.forwards: dict = {}  # what evaluation compiled, by its mesh, method and arguments
-        self.shapes = jax.eval_shape(self.initialise, jax.random.key(0))  # builds every module once
         if c.adapt and "rate_rules" not in c.optim:
             self.optim = dataclasses.replace(self.optim, rate_rules=adapters.freezing(self.shapes))
 

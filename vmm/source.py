@@ -10,8 +10,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import vmm
 from vmm.build import plain
@@ -220,6 +218,9 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
 
 
 def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most sources are folders
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     name, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))

@@ -6,6 +6,7 @@ Nothing else is state: to resume, start at another step, with any number of work
 
 import dataclasses
 import gc
+import logging
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,9 +64,10 @@ class _Place:
         return self.samples(step * self.order.batch + place, epoch, row, peers, bucket)
 
 
-def _leave_signals(worker: int, workers: int) -> None:
+def _start_worker(worker: int, workers: int) -> None:
     """In a worker process: a terminal's Ctrl-C comes to all of them, and is for the trainer to act on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.NOTSET)  # see _lighten_children of __main__.py
 
 
 class Loader:
@@ -110,7 +112,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags when it starts processes
             iterable = iterable.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2), _leave_signals
+                grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2), _start_worker
             )
         self.iterator = iter(iterable)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from vmm.errors import UserError, one_of
 from vmm.evals.classification import known_labels, objectives_of, shown_clips
@@ -17,6 +16,8 @@ def verification(scores: np.ndarray, same: np.ndarray, alarms: float = 0.01) -> 
 
     scores: [pairs], higher: more alike. same: bool [pairs]. Ties count half. Nan where all pairs are of one kind.
     """
+    from scipy.stats import rankdata  # a second to import, which training does without
+
     many, few = int(same.sum()), int((~same).sum())
     names = ("ROC_area", "EER", f"TAR@{alarms:g}")
     if not many or not few:

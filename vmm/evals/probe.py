@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from vmm.evals.classification import score_classes
 from vmm.evals.scored import Classes, Measured, Measuring
@@ -38,6 +35,11 @@ class Probe(Measuring):
 
     def prepare(self, predict: Callable) -> dict:
         """Returns (subset, label) → what was fitted: the scaler, the regression."""
+        # Half a second to import, which training does without.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
         fitted = {}
         for subset in self.subsets:
             rows = predict(self.train, subset)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from vmm.errors import UserError, one_of
 from vmm.evals.classification import hits, known_labels, objectives_of, score_classes
@@ -147,6 +145,10 @@ class FewShot(Measuring):
         if self.method == "prototype":
             means = unit(np.stack([x[y == one].mean(0) for one in range(classes)]))
             return lambda new: SCALE * new @ means.T
+        # Half a second to import, which training does without.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model = LogisticRegression(max_iter=500).fit(SCALE**0.5 * x, y)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 2000
 _CELLS = 4_000_000  # resamples × groups that are held at once
@@ -109,6 +108,8 @@ def _draws(groups: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 def _ends(drawn: np.ndarray, found: np.ndarray, left: np.ndarray | None, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ends of the intervals from the resamples [R M]; left: the numbers without each group, for BCa."""
+    from scipy import stats  # a second to import, which training does without
+
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     ends = np.full((2, len(found)), np.nan)
     for m in range(len(found)):
@@ -191,6 +192,8 @@ class McNemar(NamedTuple):
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> McNemar:
     """Returns McNemar's test (1947), exact by the binomial distribution, of right (1) or wrong (0) [n]."""
+    from scipy import stats  # as above
+
     ours, theirs = np.asarray(ours) == 1, np.asarray(theirs) == 1
     mine, yours = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     p = float(stats.binomtest(mine, mine + yours).pvalue) if mine + yours else 1.0

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from vmm.data import subtitles
 from vmm.data.subtitles import Segment
@@ -26,6 +25,8 @@ class Pairs(NamedTuple):
 
 def pair(found: Sequence[Segment], true: Sequence[Segment]) -> Pairs:
     """Returns the pairs with the largest sum of tIoU (intersection over union in time), each segment in one at most."""
+    from scipy.optimize import linear_sum_assignment  # a second to import, which training does without
+
     sides = [np.array([[one.start, one.end] for one in side], np.float64).reshape(-1, 2) for side in (found, true)]
     shared = overlaps(sides[0][:, 0], sides[0][:, 1], sides[1][:, 0], sides[1][:, 1])
     rows, columns = linear_sum_assignment(shared, maximize=True)

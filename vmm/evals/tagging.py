@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from vmm.errors import UserError
 from vmm.evals.classification import check_labels, every_head, label_of
@@ -51,6 +49,8 @@ def roc_area(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Nan where a class lacks positives or negatives. Arguments: see `average_precision`.
     """
+    from scipy.stats import rankdata  # a second to import, which training does without
+
     scores, result = lowest(scores), np.full(scores.shape[1], np.nan)
     for y in range(scores.shape[1]):
         known = truth[:, y] >= 0
@@ -64,6 +64,8 @@ def roc_area(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def curves(scores: np.ndarray, truth: np.ndarray) -> dict[str, list]:
     """Returns one class's ROC and precision-recall curves: fpr, tpr; recall, precision. scores, truth [n]: as above."""
+    from sklearn.metrics import precision_recall_curve, roc_curve  # two seconds to import, as above
+
     known = truth >= 0
     values, positive = lowest(scores[:, None])[known, 0], truth[known] > 0
     if not positive.any() or positive.all():

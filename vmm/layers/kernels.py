@@ -9,8 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
 from vmm.layers.dense import on_one_cpu
@@ -87,6 +85,10 @@ def _cudnn(query, key, value, valid, implementation: str = "cudnn"):
 
 def _splash(query, key, value, valid, interpret: bool = False):
     """Queries and keys are padded to whole tiles; what is padded or not valid is another segment, which nothing sees."""
+    # Pallas takes long to import, and is for TPUs alone.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     queries, keys, heads, width = query.shape[1], key.shape[1], query.shape[2], query.shape[-1]
     block_keys = _block(keys, _LANES)
     block_queries = _block(queries, (1 << 20) // max(block_keys, 1024))

@@ -25,6 +25,9 @@ def use_compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmm" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Small programs too: JAX leaves out what compiles within a second, and a start compiles dozens of these.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def open_workdir(workdir: Path) -> None:
