@@ -162,6 +162,8 @@ def _build(args) -> None:
         f"{args.out}: {told['clips']} clips in {len(told['files']) - 4} shards; left out: {lost}; "
         f"{told['duplicates']} look like another clip"
     )
+    if told.get("remarks"):
+        print("stored, but not just as in the file: " + ", ".join(f"{n} {name}" for name, n in told["remarks"].items()))
 
 
 def _sources(args) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from vmm.data.building.store import Storage, Store
 from vmm.data.building.strict import TICK, Sound, opened_bytes, read_sound, strict_frames
 from vmm.data.reading.geometry import pixel_ratio
+from vmm.data.reading.open import open_regular
 from vmm.data.reading.problems import BROKEN, DecodeError, reason_of
 from vmm.errors import StorageError, UserError
 
@@ -25,7 +26,9 @@ def write_parts(
     if not parts:
         raise UserError(f"{source}: no part to write")
     try:
-        store = _cut(Path(source).read_bytes(), parts, Storage(short_side=short_side))
+        with open_regular(source) as file:
+            data = file.read()
+        store = _cut(data, parts, Storage(short_side=short_side))
     except (DecodeError, *BROKEN) as error:
         raise UserError(
             f"{source}: cannot be decoded ({error.reason if isinstance(error, DecodeError) else reason_of(error)})"

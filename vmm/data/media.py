@@ -17,7 +17,7 @@ from vmm.data.reading.decode import open_decoder, seek
 from vmm.data.reading.geometry import Crop, picture, pixel_ratio
 from vmm.data.reading.open import Medium
 from vmm.data.reading.problems import BROKEN, REASONS, REMARKS, DecodeError, present, reason_of
-from vmm.data.reading.sound import window_sound
+from vmm.data.reading.sound import PREROLL, window_sound
 from vmm.data.reading.timeline import COUNTED, length_of, measured
 from vmm.data.skipping import shown_at
 from vmm.errors import UserError
@@ -125,24 +125,26 @@ class _Window(NamedTuple):
 
     def read(self, medium: Medium, start: float, remarks: Counter) -> tuple | None:
         """Returns (video, audio), either may be None, and None for both; raises one of BROKEN."""
-        video = audio = failed = None
-        if "video" in self.want and medium.stream("video") is not None:
+        found, failed = {"video": None, "audio": None}, None
+        # Where both begin at the beginning, the sound comes first: it cannot be sought without loss, pictures can.
+        kinds = ("audio", "video") if start <= PREROLL else ("video", "audio")
+        for kind in kinds:
+            if kind not in self.want or medium.stream(kind) is None:
+                continue
             try:
-                video = self._video(medium, start, remarks)
-            except BROKEN as error:  # the sound may still be good
-                failed = error
-                remarks["pictures lost"] += 1
-        if "audio" in self.want and medium.stream("audio") is not None:
-            try:
-                audio = window_sound(medium, start, self.seconds, self.sample_rate, remarks)
-                if audio is None:
-                    remarks["sound elsewhere"] += 1
-            except BROKEN as error:
+                found[kind] = (self._video if kind == "video" else self._audio)(medium, start, remarks)
+            except BROKEN as error:  # the other may still be good
                 failed = failed or error
-                remarks["sound lost"] += 1
+                remarks["pictures lost" if kind == "video" else "sound lost"] += 1
+        video, audio = found["video"], found["audio"]
         if video is None and audio is None and failed is not None:
             raise failed
         return None if video is None and audio is None else (video, audio)
+
+    def _audio(self, medium: Medium, start: float, remarks: Counter) -> np.ndarray | None:
+        wave = window_sound(medium, start, self.seconds, self.sample_rate, remarks)
+        remarks["sound elsewhere"] += wave is None
+        return wave
 
     def _video(self, medium: Medium, start: float, remarks: Counter) -> np.ndarray | None:
         targets = [start + (i + 0.5) * self.seconds / self.frames for i in range(self.frames)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from vmm.data import media, text
 from vmm.data.manifest import Row
+from vmm.data.reading.problems import to_bits
 from vmm.data.targets import fields_of, fill, make_targets
 from vmm.errors import DataBudgetError, UserError, one_of
 from vmm.types import MODALITIES
@@ -184,7 +185,7 @@ class _Cache:
         return self.kept.get(key)
 
     def put(self, key, value: media.Media) -> None:
-        size = sum(array.nbytes for array in value if array is not None)
+        size = sum(array.nbytes for array in (value.video, value.audio) if array is not None)
         with self.lock:
             if key not in self.kept and self.used + size <= self.limit:
                 self.used += size
@@ -221,7 +222,8 @@ class Samples:
         """Returns the sample; a row that cannot be decoded is replaced by one of its peers, and flagged.
 
         `failed` and `reason` name the row and why, -1 where all is well: the number and order of
-        samples never depend on bad files. peers: row numbers to choose from, None: all.
+        samples never depend on bad files. `remarks`: bits of what decoding the row that is shown had to guess or
+        drop (vmm/data/reading/problems.py). peers: row numbers to choose from, None: all.
         """
         failed, reason = -1, -1
         count = len(self.rows) if peers is None else len(peers)
@@ -270,7 +272,7 @@ class Samples:
         key = None if drawn else (number, clip.seconds)
         decoded = self.cache.get(key) if key is not None else None
         if decoded is not None:
-            window(None)  # only clips without room are kept: the window is the clip
+            pass  # only clips without room are kept: the window begins where the clip does
         else:
             decoded = self._decode(row, window, clip, crop)
             if key is not None and window.only:
@@ -298,6 +300,7 @@ class Samples:
             "present": {name: np.bool_(value) for name, value in present.items()},
             **self.told(row, window.start, clip.seconds),
             "row": np.int32(number),
+            "remarks": np.int32(to_bits(decoded.remarks)),
         }
 
     def told(self, row: Row | None, start: float, seconds: float) -> dict:
@@ -321,6 +324,7 @@ class Samples:
             return media.decode(
                 row.read(self.remote), pick=window, seconds=clip.seconds, frames=clip.frames, size=clip.size,
                 sample_rate=clip.sample_rate, crop=crop, want=want,
+                known=row.duration if row.start is None and row.end is None else None,
             )  # fmt: skip
         except media.DecodeError as error:
             if error.reason == "no frames" and len(want) == 1:
@@ -335,9 +339,10 @@ class _Window:
         self.row, self.seconds, self.place, self.only, self.start = row, seconds, place, False, row.start or 0.0
 
     def __call__(self, duration: float | None) -> float:
+        """Returns the window's start. duration: the file's length in seconds, whatever the row's end says."""
         start = self.row.start or 0.0
-        end = self.row.end if self.row.end is not None else duration
-        room = max(0.0, (end if end is not None else start) - start - self.seconds)
+        ends = [end for end in (self.row.end, duration) if end is not None]
+        room = max(0.0, min(ends, default=start) - start - self.seconds)
         self.only = room == 0.0
         self.start = start + self.place * room
         return self.start

@@ -255,6 +255,7 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
         "settings": json.loads(json.dumps(_plain(settings))),
         "clips": len(rows),
         "left_out": dict(Counter(row["reason"] for row in lost).most_common()),
+        "remarks": dict(Counter(name for row in rows for name in row["media"].get("remarks", ())).most_common()),
         "duplicates": len(duplicates),
         "files": {str(file.relative_to(out)): _sha256(file) for file in files},
     }

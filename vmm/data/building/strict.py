@@ -108,6 +108,8 @@ def read_sound(data: bytes, first: float, until: float, remarks: Counter | None 
       DecodeError: it is there and cannot be read whole.
     """
     with opened_bytes(data) as medium:
+        if remarks is not None:
+            medium.note_tracks(remarks)
         stream = medium.stream("audio")
         rate = stream.rate if stream.rate in _RATES else 48000
         tape = Tape(min(2, stream.codec_context.channels), rate, medium.timed, strict=True)

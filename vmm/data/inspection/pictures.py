@@ -17,6 +17,7 @@ from vmm.data import media
 from vmm.data.manifest import Row
 from vmm.data.reading.decode import frames
 from vmm.data.reading.geometry import pixel_ratio, shown_aspect
+from vmm.data.reading.open import open_regular
 from vmm.data.reading.timeline import length_of
 from vmm.data.sandbox import Answer
 from vmm.mel import mel_filters
@@ -92,7 +93,7 @@ def _begin(source: str | BinaryIO) -> str | BinaryIO:
 def _bytes(source: str | BinaryIO) -> bytes:
     if not isinstance(source, str):
         return _begin(source).read()
-    with open(source, "rb") as file:
+    with open_regular(source) as file:
         return file.read()
 
 

@@ -54,7 +54,9 @@ def frames(
     """
     remarks = Counter() if remarks is None else remarks
     latest = start if latest is None else latest
-    if not (medium.fresh and start <= 0) and not _from_the_beginning(medium, kind, strict):
+    # A seek to the beginning of a sound skips what its first packet is there for: to lead into the next one.
+    whole = start <= 0 and (medium.fresh or kind == "audio")
+    if not whole and not _from_the_beginning(medium, kind, strict):
         before = Counter(remarks)
         found = _run(medium, kind, start, strict, pixels, remarks, sought=True)
         try:
