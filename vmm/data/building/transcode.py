@@ -29,6 +29,7 @@ from vmm.data.reading.timeline import duration, measured
 from vmm.data.sandbox import Answer
 
 _SHOT_SIZE = (48, 27)  # width, height at which shots are looked for
+_LATE = 0.1  # seconds of a clip before its first picture, above which a word is due
 _SHOT_CHANGE = 27.0  # mean change of brightness and colour, of 255, that a cut shows
 
 REASONS = (*DECODING, "empty file", "not media", "truncated", "damaged", "no sound", "too short")
@@ -194,15 +195,18 @@ def _pictures(data: bytes, first: float, until: float, storage: Storage, sound, 
     with opened_bytes(data) as medium:
         medium.note_tracks(remarks)
         with Store(storage, sound, pixel_ratio(medium.stream("video"))) as store:
-            ended, last = False, None
+            ended, last, late = False, None, 0.0
             for frame, time in strict_frames(medium, first, storage.pixels, remarks):
                 if time >= until - TICK:
                     ended = True
                     break
+                late = max(0.0, time - first) if last is None else late
                 # Of the pictures up to `first`, the last one is what is seen there: each replaces the one before.
                 store.picture(frame, time - first if time > first + TICK else 0.0, 0.0 if last is None else time - last)
                 last = time
             store.end_pictures(until - first, ended)
+            if late > _LATE:
+                remarks["starts late"] += 1
             if store.count:
                 check_end(first + store.seconds, promised_end(medium, "video"), until, store.gap)
             store.end_sound()

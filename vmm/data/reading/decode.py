@@ -12,12 +12,13 @@ import av
 
 from vmm.data.reading.open import BARE, Medium
 from vmm.data.reading.problems import BROKEN, DecodeError, reason_of
-from vmm.data.reading.timeline import COUNTED, Clock
+from vmm.data.reading.timeline import COUNTED, Clock, reorder_depth
 
 TICK = 1e-6  # seconds by which rounded times may differ
 MAX_PIXELS = 8192 * 8192
 _MARGIN = 1 << 20  # pixels
 _LANDS_LATE = 10.0  # seconds by which a seek may miss in a container without an index
+_BY_RATE = ("wav", "w64", "aiff")  # exact for PCM alone
 _UNINDEXED = ("mpegts", "mpeg")
 _DELTAS = ("gif", "apng")  # every picture is drawn over the one before, whatever is called a key frame
 # Decoders that carry state from the beginning, or whose packets do not tell where a block begins.
@@ -85,7 +86,8 @@ def _from_the_beginning(medium: Medium, kind: str, strict: bool) -> bool:
     # A palette comes once, before the first picture.
     paletted = context.format is not None and context.format.name == "pal8"
     unindexed = strict and medium.format in (*_UNINDEXED, "avi")
-    return paletted or unindexed or medium.format in (*_DELTAS, *COUNTED)
+    unordered = medium.format == "avi" and context.has_b_frames and reorder_depth(medium.stream(kind)) is None
+    return paletted or unindexed or unordered or medium.format in (*_DELTAS, *COUNTED)
 
 
 def open_decoder(medium: Medium, kind: str, strict: bool = False, pixels: int = MAX_PIXELS):
@@ -111,14 +113,20 @@ def seek(medium: Medium, stream, start: float) -> None:
     medium.container.seek(int((start + medium.origin - early) / float(stream.time_base)), stream=stream, backward=True)
 
 
+def _is_guess(medium: Medium, stream, strict: bool) -> bool:
+    """Whether a seek in sound goes where a bit rate says, whatever the times of packets are then claimed to be."""
+    compressed = medium.format in _BY_RATE and not stream.codec_context.name.startswith("pcm_")
+    return compressed or medium.format in BARE or (strict and medium.format in _UNINDEXED)
+
+
 def _run(
     medium: Medium, kind: str, start: float, strict: bool, pixels: int, remarks: Counter, sought: bool
 ) -> Iterator[tuple]:
     """Yields (frame, seconds). sought: go to `start` first, and do not decode sound before it."""
     stream = open_decoder(medium, kind, strict, pixels)
-    if sought and not (kind == "audio" and (medium.format in BARE or (strict and medium.format in _UNINDEXED))):
+    if sought and not (kind == "audio" and _is_guess(medium, stream, strict)):
         seek(medium, stream, start)
-    elif sought:  # what a seek gives is a guess, or may miss: packets are counted
+    elif sought:  # packets are counted
         medium.rewind()
         stream = open_decoder(medium, kind, strict, pixels)
     medium.fresh = False

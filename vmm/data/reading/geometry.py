@@ -76,7 +76,8 @@ def _box(frame, crop: Crop, ratio: float) -> tuple[float, float, float, float]:
 
 
 def _part(frame, top: float, left: float, height: float, width: float):
-    """Returns the part of a frame, to the nearest two pixels: what is cut off need not be scaled."""
+    """Returns the part of a frame, to the nearest pixel, and of colours that pixels share to the nearest of those: what is
+    cut off need not be scaled."""
     top, height = _whole(top, height, frame.height)
     left, width = _whole(left, width, frame.width)
     if (height, width) == (frame.height, frame.width):
@@ -98,12 +99,9 @@ def _part(frame, top: float, left: float, height: float, width: float):
 
 
 def _whole(begin: float, length: float, side: int) -> tuple[int, int]:
-    """Returns (begin, length) along a side in whole pixels, even where they can be: others share their colour."""
-    if round(length) >= side:
-        return 0, side
-    length = min(max(2, 2 * round(length / 2)), side)
-    begin = min(2 * round(begin / 2), (side - length) // 2 * 2)
-    return max(0, begin), length
+    """Returns (begin, length) along a side in whole pixels."""
+    length = min(max(2, round(length)), side)
+    return max(0, min(round(begin), side - length)), length
 
 
 def _shared(pixels: int, values: int) -> int:

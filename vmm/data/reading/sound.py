@@ -79,25 +79,33 @@ class Mixer:
 
 
 class _Run:
-    """Frames without a hole between them. shift: mean of (time of a frame − sound before it), where the run begins."""
+    """Frames without a hole between them."""
 
     def __init__(self, frame, channels: int, rate: int):
         self.mixer, self.kind = Mixer(frame, channels, rate), _kind(frame)
-        self.pieces, self.length, self.sum, self.count = [], 0.0, 0.0, 0
+        self.pieces, self.length, self.shifts, self.sum = [], 0.0, [], 0.0
         self.recent = deque(maxlen=_MANY)
 
     @property
-    def shift(self) -> float:
-        return self.sum / self.count
+    def mean(self) -> float:
+        """The mean of (time of a frame − sound before it): where the run begins, while it is read."""
+        return self.sum / len(self.shifts)
 
     @property
     def end(self) -> float:
-        return self.shift + self.length
+        return self.mean + self.length
+
+    @property
+    def begin(self) -> float:
+        """Where the run begins: the mean without the fifth of frames furthest on either side, whose times are wrong."""
+        shifts = np.sort(np.asarray(self.shifts))
+        aside = len(shifts) // 5
+        return float(shifts[aside : len(shifts) - aside].mean())
 
     def put(self, frame, time: float | None) -> None:
         if time is not None:
+            self.shifts.append(time - self.length)
             self.sum += time - self.length
-            self.count += 1
             self.recent.append(time - self.length)
         self.length += frame.samples / frame.sample_rate
         frame.pts = None
@@ -140,7 +148,7 @@ class Tape:
             run is not None
             and self.timed
             and len(run.recent) == _MANY
-            and abs(sum(run.recent) / _MANY - run.shift) > _DRIFT
+            and abs(sum(run.recent) / _MANY - run.mean) > _DRIFT
         )
         if run is None or abs(apart) > HOLE or drifts or _kind(frame) != run.kind:
             if run is not None:
@@ -158,7 +166,7 @@ class Tape:
         pieces = []
         for run in self.runs:
             run.close()
-            place = round(run.shift * self.rate)
+            place = round(run.begin * self.rate)
             for piece in run.pieces:
                 pieces.append((place, piece))
                 place += piece.shape[1]

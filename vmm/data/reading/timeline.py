@@ -90,12 +90,21 @@ def raw_rate(stream) -> tuple[float, bool]:
     return (rate, True) if 0 < rate < 1000 else (_RATE, False)
 
 
+def reorder_depth(stream) -> int | None:
+    """Returns for how many packets a decoder keeps a picture back; None where that varies."""
+    context = stream.codec_context
+    if context.name in ("h264", "hevc", "vvc", "av1", "libdav1d"):
+        return None
+    return int(bool(context.has_b_frames))
+
+
 class Clock:
     """When decoded frames are shown, in seconds from the container's first timestamp.
 
     AVI has no presentation times, and those that FFmpeg makes up are out of order where pictures are stored out of
-    order: there the n-th picture that comes out takes the n-th time that went in. Raw streams are counted. Elsewhere a
-    frame without a time of its own follows the one before.
+    order: there the n-th picture that comes out takes the n-th time that went in, and a picture that did not come out
+    (behind a seek, or damaged) takes one with it. Raw streams are counted. Elsewhere a frame without a time of its own
+    follows the one before.
     """
 
     def __init__(self, medium: Medium, kind: str, remarks: Counter):
@@ -103,6 +112,7 @@ class Clock:
         self.kind, self.remarks = kind, remarks
         self.origin, self.base, self.begin = medium.origin, float(stream.time_base), medium.begins(kind)
         self.waiting = deque() if medium.format == "avi" and kind == "video" else None
+        self.fed, self.depth = 0, reorder_depth(stream) if self.waiting is not None else None
         self.rate = None
         if kind == "video" and medium.format in COUNTED:
             self.rate, known = raw_rate(stream)
@@ -120,6 +130,7 @@ class Clock:
         """Tells the clock of a packet that goes into the decoder."""
         if self.waiting is not None and packet.size and packet.dts is not None:
             self.waiting.append(packet.dts)
+            self.fed += 1
         if self.next is None and packet.size:
             self.next = self.of_packet(packet)
 
@@ -128,6 +139,10 @@ class Clock:
         if self.rate is not None:
             time = self.count / self.rate
         elif self.waiting is not None:
+            if self.depth is not None:
+                for _ in range(min(self.fed - self.depth - self.count - 1, len(self.waiting) - 1)):
+                    self.waiting.popleft()
+                    self.count += 1
             time = float(self.waiting.popleft()) * self.base - self.origin if self.waiting else self._guess()
         elif frame.pts is not None:  # a frame that is flushed out has no time base of its own
             time = float(frame.pts * (frame.time_base or self.base)) - self.origin
