@@ -3,6 +3,7 @@ was made.
 """
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -597,3 +598,46 @@ def test_remarks_travel_as_bits():
     for names in ([], ["errors skipped"], list(REMARKS)):
         assert from_bits(to_bits(names)) == names
     assert to_bits(Counter(REMARKS)) < 1 << 31  # they travel as int32
+
+
+# Through a manifest.
+
+
+def test_rows_that_go_on_behind_their_file_stay_within_it_and_are_found(tmp_path):
+    from vmm.data.inspection.check import check
+    from vmm.data.manifest import read_manifest
+    from vmm.data.samples import Clip, Samples, _Window
+
+    write(tmp_path / "a.mkv", Made("mkv", "ffv1", "pcm_s16le"))
+    rows = [{"id": "long", "start": 1, "end": 20}, {"id": "outside", "start": 10, "end": 12}, {"id": "good", "end": 2}]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"path": "a.mkv", **row}) + "\n" for row in rows))
+    long, outside, good = read_manifest(manifest)
+    samples = Samples.__new__(Samples)
+    samples.modalities, samples.remote = ("video", "audio"), ""
+    clip = Clip(1.0, 10, 32, RATE)
+    for place, begin in ((0.0, 1.0), (0.5, 1.5), (1.0, 2.0)):
+        window = _Window(long, 1.0, place)
+        got = samples._decode(long, window, clip, Crop())
+        assert window.start == pytest.approx(begin, abs=0.01)
+        assert number_of(got.video[0]) in (round(begin * 10), round(begin * 10) - 1)
+        assert "ends early" not in got.remarks
+    with pytest.raises(DecodeError) as error:
+        samples._decode(outside, _Window(outside, 1.0, 0.5), clip, Crop())
+    assert error.value.reason == "span outside"
+    assert check(manifest).problems == [
+        "clip long: ends at 20 s, the file has 3", "clip outside: starts at 10 s, the file has 3",
+    ]  # fmt: skip
+
+
+def test_a_pipe_in_a_manifest_is_a_bad_file(tmp_path):
+    from vmm.data.inspection.check import check
+
+    os.mkfifo(tmp_path / "a.mp4")
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"path": "a.mp4"}\n')
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(check(manifest).problems), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(found) == 1 and "a pipe" in found[0]
