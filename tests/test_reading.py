@@ -168,7 +168,7 @@ def ways(path: Path, made: Made):
 
     def embedded(start: float) -> media.Media:
         samples = Samples.__new__(Samples)
-        samples.modalities, samples.remote = ("video", "audio"), ""
+        samples.modalities, samples.remote, samples.tracks = ("video", "audio"), "", {}
         row = Row(id="a", path=str(path), start=start, end=start + 1.0, captions=(), labels={})
         from vmm.data.samples import _Window
 
@@ -451,6 +451,24 @@ def test_a_stream_that_begins_between_key_frames(tmp_path):
     assert clip["frames"] == 20 and clip["remarks"]["starts late"]
 
 
+def test_a_packet_that_is_missing_from_a_transport_stream(tmp_path):
+    path = write(tmp_path / "a.ts", MATRIX["ts, H.264, AAC"])
+    content = path.read_bytes()
+    assert built(path).get("reason") is None
+    numbers = [int.from_bytes(content[i + 1 : i + 3], "big") & 0x1FFF for i in range(0, len(content), 188)]
+    for stream in (256, 257):  # pictures, sound
+        places = [i for i, number in enumerate(numbers) if number == stream]
+        place = places[len(places) // 2]
+        hole = tmp_path / f"{stream}.ts"
+        hole.write_bytes(content[: place * 188] + content[(place + 1) * 188 :])
+        assert built(hole)["reason"] == "damaged"
+    span = transcode(str(hole), (), None, [[0.0, 0.5]], list(Storage())).note["clips"][0]
+    assert span["remarks"]["holes in the stream"] == 1
+    table = numbers.index(0, 20)  # a table that comes again and again
+    path.write_bytes(content[: table * 188] + content[(table + 1) * 188 :])
+    assert built(path).get("reason") is None
+
+
 def test_the_same_picture_again(tmp_path):
     """A packet of no bytes says it; to a decoder it would mean the end."""
     path = tmp_path / "a.nut"
@@ -614,7 +632,7 @@ def test_rows_that_go_on_behind_their_file_stay_within_it_and_are_found(tmp_path
     manifest.write_text("".join(json.dumps({"path": "a.mkv", **row}) + "\n" for row in rows))
     long, outside, good = read_manifest(manifest)
     samples = Samples.__new__(Samples)
-    samples.modalities, samples.remote = ("video", "audio"), ""
+    samples.modalities, samples.remote, samples.tracks = ("video", "audio"), "", {}
     clip = Clip(1.0, 10, 32, RATE)
     for place, begin in ((0.0, 1.0), (0.5, 1.5), (1.0, 2.0)):
         window = _Window(long, 1.0, place)

@@ -135,7 +135,8 @@ class Data:
     in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
     evaluation: see EvaluationViews. labels: label → number of classes that a batch carries. tags: the same for those of which
     a clip has any number. text: template of the stream of text, as "{history} {question}" of the row's texts; a clip that
-    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS.
+    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS. tracks: "video" or "audio" →
+    which stream of its kind is decoded of every file, from 0; default: the one that players take.
     workers: decoding processes; 0 decodes in threads of this one. threads: per process.
     prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
     that fit in memory. budget: share of the dataset's files that may fail. remote: folder in which
@@ -152,6 +153,7 @@ class Data:
     tags: Mapping = dataclasses.field(default_factory=dict)
     text: str = "{caption}"
     targets: Mapping = dataclasses.field(default_factory=dict)
+    tracks: Mapping = dataclasses.field(default_factory=dict)
     workers: int = 2
     threads: int = 4
     prefetch: int = 4
@@ -210,7 +212,10 @@ class Samples:
         self.labels, self.tags = dict(data.labels), dict(data.tags)
         self.text, self.targets = data.text, make_targets(data.targets)
         fields_of(self.text, "data.text")
-        self.remote = data.remote
+        self.remote, self.tracks = data.remote, dict(data.tracks)
+        for name, number in self.tracks.items():
+            if name not in ("video", "audio") or type(number) is not int or number < 0:
+                raise UserError(f'data.tracks: "video" or "audio" → a number from 0, got {name!r} → {number!r}')
         self.tokenizer = text.load_tokenizer(data.tokenizer)
         self.cache = _Cache(data.cache)
 
@@ -324,7 +329,7 @@ class Samples:
             return media.decode(
                 row.read(self.remote), pick=window, seconds=clip.seconds, frames=clip.frames, size=clip.size,
                 sample_rate=clip.sample_rate, crop=crop, want=want,
-                known=row.duration if row.start is None and row.end is None else None,
+                known=row.duration if row.start is None and row.end is None else None, tracks=self.tracks,
             )  # fmt: skip
         except media.DecodeError as error:
             if error.reason == "no frames" and len(want) == 1:

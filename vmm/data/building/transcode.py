@@ -26,6 +26,7 @@ from vmm.data.reading.geometry import pixel_ratio
 from vmm.data.reading.problems import BROKEN, DecodeError, present, reason_of
 from vmm.data.reading.problems import REASONS as DECODING
 from vmm.data.reading.timeline import duration, measured
+from vmm.data.reading.transport import missing_packets
 from vmm.data.sandbox import Answer
 
 _SHOT_SIZE = (48, 27)  # width, height at which shots are looked for
@@ -105,6 +106,9 @@ def _about(data: bytes, storage: Storage) -> dict:
         if medium.format in BARE:  # a guess
             about["duration"] = measured(medium) or None
             video, audio = medium.stream("video"), medium.stream("audio")
+        if medium.format == "mpegts":
+            jumps = missing_packets(data, {stream.id for stream in (video, audio) if stream is not None})
+            about |= {"holes": jumps} if jumps else {}
         if video is not None:
             if video.codec_context is None:
                 raise DecodeError("undecodable", "no decoder knows its pictures")
@@ -162,6 +166,11 @@ def _clip(data: bytes, source: dict, start: float | None, end: float | None, sto
         raise DecodeError("span outside", f"starts at {first:g} s of {length:g}")
     until = math.inf if end is None else end
     remarks = Counter()
+    if source.get("holes"):
+        # Where in time they lie nobody tells: a clip that is the whole file has them.
+        if start is None and end is None:
+            raise DecodeError("damaged", f"{source['holes']} holes in the transport stream")
+        remarks["holes in the stream"] += source["holes"]
     sound = read_sound(data, first, until, remarks) if "audio_codec" in source else None
     heard = 0.0 if sound is None else sound.wave.shape[1] / sound.rate
     if "video_codec" in source:

@@ -31,6 +31,7 @@ REMARKS = {
     "sound elsewhere": "the sound does not reach the window",
     "starts late": "moments before the first picture show it",
     "ends early": "the window is longer than the clip: its last picture is held, and silence follows",
+    "holes in the stream": "packets of a transport stream are missing, somewhere in the file that a clip was cut from",
     "holes in the sound": "moments without sound between others are silence",
 }
 """Remark → what was done. A decode that had to do none of it gives what is in the file."""
