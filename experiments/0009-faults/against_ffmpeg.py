@@ -138,7 +138,9 @@ def pictures_of(path: Path, number: int | None) -> tuple[list[float], np.ndarray
     """Returns times and pictures [n SIZE SIZE 3] as ffmpeg decodes them."""
     if number is None:
         return None
-    shape = "scale=w='trunc(iw*if(gt(sar,0),sar,1))':h=ih:flags=bilinear,setsar=1,crop='min(iw,ih)':'min(iw,ih)':exact=1"
+    shape = (
+        "scale=w='trunc(iw*if(gt(sar,0),sar,1))':h=ih:flags=bilinear,setsar=1,crop='min(iw,ih)':'min(iw,ih)':exact=1"
+    )
     done = ffmpeg("-v", "info", "-i", path, "-map", f"0:{number}", "-vf", f"showinfo,{shape},scale={SIZE}:{SIZE}:flags=bilinear,format=rgb24", "-vsync", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")  # fmt: skip
     # What the filter says of times is rounded to the frame rate.
     probe = subprocess.run(["ffprobe", "-v", "error", "-show_entries", "frame=best_effort_timestamp_time:format=start_time", "-select_streams", str(number), "-of", "json", path], capture_output=True, timeout=120)  # fmt: skip

@@ -145,7 +145,7 @@ class Clock:
                     self.count += 1
             time = float(self.waiting.popleft()) * self.base - self.origin if self.waiting else self._guess()
         elif frame.pts is not None:  # a frame that is flushed out has no time base of its own
-            time = float(frame.pts * (frame.time_base or self.base)) - self.origin
+            time = (frame.pts * self.base if frame.time is None else float(frame.time)) - self.origin
         else:
             time = self._guess()
         self.count += 1
@@ -154,7 +154,7 @@ class Clock:
         else:
             if self.last is not None and time > self.last:
                 self.gap = time - self.last
-            own = float((frame.duration or 0) * (frame.time_base or self.base))
+            own = (frame.duration or 0) * self.base
             self.next = time + (own if 0 < own < 1 else self.gap)
         self.last = time
         return time
