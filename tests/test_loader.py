@@ -499,6 +499,12 @@ def test_files_that_are_not_decoded_just_as_they_are_are_counted_once_by_remark(
     assert remark_summary(loader.remarks) == f"{COUNT} ends early"
 
 
+@pytest.mark.parametrize("tracks", [{"audio": -1}, {"sound": 0}, {"audio": "deu"}])
+def test_tracks_that_are_none(tones, tracks):
+    with pytest.raises(UserError, match="data.tracks"):
+        Samples(read_manifest(tones / "all.jsonl"), tone_data(tones, tracks=tracks), CLIP, PLAIN, 0)
+
+
 def test_over_budget_is_an_error_that_lists_the_files(broken):
     with pytest.raises(DataBudgetError) as error:
         batches(tone_data(broken, budget=0.15), stop=13)  # 2.55 files may fail
