@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import av
@@ -469,6 +470,14 @@ def test_a_packet_that_is_missing_from_a_transport_stream(tmp_path):
     assert built(path).get("reason") is None
 
 
+def test_a_bare_file_that_is_cut_off_and_says_so(tmp_path):
+    path = write(tmp_path / "a.mp3", MATRIX["bare MP3"])
+    assert built(path)["duration"] == pytest.approx(SECONDS, abs=0.1)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 8 // 10])
+    assert built(path)["reason"] == "truncated"
+    assert read(path, 0.5).audio is not None  # what is there is good enough to train on
+
+
 def test_the_same_picture_again(tmp_path):
     """A packet of no bytes says it; to a decoder it would mean the end."""
     path = tmp_path / "a.nut"
@@ -659,3 +668,16 @@ def test_a_pipe_in_a_manifest_is_a_bad_file(tmp_path):
     thread.start()
     thread.join(20)
     assert len(found) == 1 and "a pipe" in found[0]
+
+
+@pytest.mark.parametrize("name", ["mp4, B frames, AAC", "flv, MP3"])
+def test_a_published_model_is_given_the_same(tmp_path, name):
+    from vmm.data.samples import Clip
+    from vmm.publish import Model
+
+    path = write(tmp_path / f"a.{MATRIX[name].suffix}", MATRIX[name])
+    model = SimpleNamespace(experiment=SimpleNamespace(clip=Clip(1.0, 10, 32, RATE)))
+    middle = (media.probe_duration(path) - 1.0) / 2
+    both = read(path, middle)
+    for kind in ("video", "audio"):
+        assert np.abs(Model._decode(model, path, kind) - getattr(both, kind).astype(float)).max() < 1e-6

@@ -25,7 +25,7 @@ from vmm.data.members import read_member
 from vmm.data.reading.geometry import pixel_ratio
 from vmm.data.reading.problems import BROKEN, DecodeError, present, reason_of
 from vmm.data.reading.problems import REASONS as DECODING
-from vmm.data.reading.timeline import duration, measured
+from vmm.data.reading.timeline import duration, measured, mp3_seconds
 from vmm.data.reading.transport import missing_packets
 from vmm.data.sandbox import Answer
 
@@ -106,6 +106,8 @@ def _about(data: bytes, storage: Storage) -> dict:
         if medium.format in BARE:  # a guess
             about["duration"] = measured(medium) or None
             video, audio = medium.stream("video"), medium.stream("audio")
+            promised = mp3_seconds(data, audio.rate) if medium.format == "mp3" and audio is not None else None
+            check_end(about["duration"] or 0.0, promised, math.inf)
         if medium.format == "mpegts":
             jumps = missing_packets(data, {stream.id for stream in (video, audio) if stream is not None})
             about |= {"holes": jumps} if jumps else {}

@@ -82,6 +82,19 @@ def _walk(medium: Medium, kinds: tuple[str, ...]) -> float:
     return end
 
 
+def mp3_seconds(data: bytes, rate: int) -> float | None:
+    """Returns how long an MP3 says that it is, in the header that encoders write (Xing, Info); None: it does not say."""
+    begin = 0
+    if data[:3] == b"ID3":
+        begin = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+    head = data[begin : begin + 4096]
+    place = max(head.find(b"Xing"), head.find(b"Info"))
+    if place < 0 or len(head) < place + 12 or not head[place + 7] & 1 or rate <= 0:
+        return None
+    count = int.from_bytes(head[place + 8 : place + 12], "big")
+    return count * (1152 if rate >= 32000 else 576) / rate or None
+
+
 def raw_rate(stream) -> tuple[float, bool]:
     """Returns (pictures a second of a raw stream, whether it tells them itself)."""
     context = stream.codec_context
