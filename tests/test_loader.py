@@ -1,5 +1,6 @@
 """Manifest → batches: a pure function of (seed, step), whatever the workers, hosts, caches and broken files."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from vmm.data import media, text
-from vmm.data.loader import Loader, bad_list, bad_summary, evaluation_batches, load_mixture
+from vmm.data.loader import Loader, bad_list, bad_summary, evaluation_batches, load_mixture, remark_summary
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.order import position_to_sample
 from vmm.data.samples import Augment, Clip, Data, Samples
@@ -485,6 +486,23 @@ def test_bad_files_are_counted_once_by_reason(broken):
     assert bad_summary(loader.bad) == "2 undecodable, 1 missing"
     assert len(bad_list(loader.bad).splitlines()) == 3
     assert str(broken / "none.wav") in bad_list(loader.bad)
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_files_that_are_not_decoded_just_as_they_are_are_counted_once_by_remark(tones, cache):
+    for seconds, wanted in ((CLIP.seconds, {}), (0.3, {"ends early": set(range(COUNT))})):
+        clip = dataclasses.replace(CLIP, seconds=seconds)
+        loader = Loader(tone_data(tones, cache=cache), clip, PLAIN, seed=3, batch=4, start=0, stop=13)
+        list(loader)
+        loader.close()
+        assert loader.remarks == wanted and not loader.bad
+    assert remark_summary(loader.remarks) == f"{COUNT} ends early"
+
+
+@pytest.mark.parametrize("tracks", [{"audio": -1}, {"sound": 0}, {"audio": "deu"}])
+def test_tracks_that_are_none(tones, tracks):
+    with pytest.raises(UserError, match="data.tracks"):
+        Samples(read_manifest(tones / "all.jsonl"), tone_data(tones, tracks=tracks), CLIP, PLAIN, 0)
 
 
 def test_over_budget_is_an_error_that_lists_the_files(broken):

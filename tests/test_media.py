@@ -193,11 +193,12 @@ def test_longer_than_the_file_holds_the_last_frame(tmp_path):
     assert np.abs(got.audio[round(1.1 * RATE) :]).max() < 0.02
 
 
-def test_a_start_past_the_end_shows_something(tmp_path):
-    path = write(tmp_path / "a.mp4", [grey(i) for i in range(10)])
-    video = read(path, 50.0).video
-    assert video is not None
-    assert len(set(numbers(video))) == 1
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "flv"])
+def test_a_start_past_the_end_is_outside(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", [grey(i) for i in range(10)])
+    with pytest.raises(DecodeError) as error:
+        read(path, 50.0)
+    assert error.value.reason == "span outside"
 
 
 def test_a_negative_start_is_the_beginning(tmp_path):
@@ -489,8 +490,20 @@ def test_a_truncated_file_keeps_what_decoded(tmp_path):
     assert seen[:10] == list(range(10))
     assert 10 <= seen[-1] < 25
     assert seen == sorted(seen)
-    # A window past what is left still shows something that decoded.
-    assert max(numbers(read(path, 2.6, 0.3, 2).video)) < 25
+    # A window past what is left is drawn again within it; a fixed one lies outside.
+    lengths = []
+
+    def late(length):
+        lengths.append(length)
+        return length - 0.4
+
+    got = media.decode(str(path), pick=late, seconds=0.3, frames=2, size=32, sample_rate=RATE)
+    assert lengths[0] == pytest.approx(3.0, abs=0.15) and lengths[1] < 2.0
+    assert 8 <= numbers(got.video)[-1] < 25
+    assert got.remarks["length corrected"]
+    with pytest.raises(DecodeError) as error:
+        read(path, 2.6, 0.3, 2)
+    assert error.value.reason == "span outside"
 
 
 def test_an_mp4_without_its_index_is_undecodable(tmp_path):

@@ -139,6 +139,8 @@ def test_folder(tmp_path):
     (tmp_path / "a" / "x.txt").write_text("a fox\n")
     (tmp_path / "b" / "2.json").write_text('{"caption": ["one", "two"], "more": 1}')
     got = entries(tmp_path, label="kind")
+    assert [entry.id for entry in got if entry.reason == "not taken"] == ["a/1.mp4.part", "notes.pdf"]
+    got = [entry for entry in got if not entry.reason]
     assert [(entry.id, entry.captions, entry.labels) for entry in got] == [
         ("a/1.mp4", (), {"kind": "a"}),  # two media of one name: the suffix stays in the id
         ("a/1.wav", (), {"kind": "a"}),
@@ -150,6 +152,37 @@ def test_folder(tmp_path):
         f"{tmp_path}/{n}" for n in ("a/1.mp4", "a/1.wav", "a/x.MOV", "b/2.mp4", "top.webm")
     ]
     assert entries(tmp_path)[0].labels == {}
+
+
+def test_files_that_are_no_clips_are_listed_and_links_lead_nowhere_else(tmp_path):
+    root = tmp_path / "root"
+    touch(root, "cats/a.mp4", "cats/c.MTS", "cats/._a.mp4", "cats/notes.doc", "cats/a.en.srt")
+    touch(tmp_path / "other", "b.mp4")
+    (root / "cats" / "a.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    (root / "birds").symlink_to(tmp_path / "other")
+    (root / "again").symlink_to(root)
+    got = entries(root, "folder", label="class")
+    assert [(e.id, e.captions, e.labels, e.reason) for e in got] == [
+        ("cats/a", ("a cat",), {"class": "cats"}, None),
+        ("cats/c", (), {"class": "cats"}, None),
+        ("cats/._a.mp4", (), {}, "not taken"),
+        ("cats/a.en.srt", (), {}, "not taken"),
+        ("cats/notes.doc", (), {}, "not taken"),
+        ("birds", (), {}, "bad path"),
+    ]
+    followed = entries(root, "folder", label="class", links=True)
+    assert [e.id for e in followed if not e.reason] == ["birds/b", "cats/a", "cats/c"]
+    assert followed[0].labels == {"class": "birds"}
+
+
+def test_lines_of_one_clip_bring_its_captions_together(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "t.csv").write_text("path,caption\na.mp4,one\nb.mp4,two\na.mp4,three\na.mp4,one\n")
+    assert [(e.id, e.captions, e.reason) for e in entries(tmp_path / "t.csv")] == [
+        ("a.mp4", ("one", "three"), None), ("b.mp4", ("two",), None),
+    ]  # fmt: skip
+    (tmp_path / "u.csv").write_text("id,path,caption\n1,a.mp4,one\n1,b.mp4,two\n")
+    assert reasons(entries(tmp_path / "u.csv")) == [None, "duplicate id"]  # another clip of the same name
 
 
 def test_folder_with_bad_captions(tmp_path):
@@ -237,7 +270,7 @@ def test_csv_rows_that_give_no_clip(tmp_path):
         "e.mp4,ends before it starts,5,2,",
         "f.mp4,no number,abc,,",
         "g.mp4," + "x" * 200_000 + ",,,",
-        "a.mp4,the same again,,,",
+        "a.mp4,,,,",
         "h.mp4,a hash,,,1234",
         "i.mp4,NaN,nan,nan,",
         "",
@@ -393,7 +426,8 @@ def test_webdataset(tmp_path):
         ("c.wav", b"sound"),
         ("c.mp4", b"with pictures"),
     )
-    got = entries(path, label="kind")
+    *got, aside = entries(path, label="kind")
+    assert (aside.id, aside.reason) == ("shard-0/c.wav", "not taken")
     assert [(entry.id, entry.captions, entry.labels) for entry in got] == [
         ("shard-0/one/a", ("a dog",), {"kind": "dog"}),
         ("shard-0/one/b", ("ein Hünd",), {"kind": "3"}),
@@ -401,6 +435,21 @@ def test_webdataset(tmp_path):
     ]
     assert [read_member(entry.path, entry.member) for entry in got] == [b"first", b"second", b"with pictures"]
     assert all(entry.member[0] == "bytes" for entry in got)
+
+
+def test_several_media_of_one_key_are_clips_of_their_own(tmp_path):
+    names = [f"ep1.{i}.{suffix}" for i in (1, 2, 3) for suffix in ("mp4", "txt")]
+    path = tar(tmp_path / "a.tar", *((name, name.encode()) for name in names), ("ep1.json", b'{"kind": "x"}'))
+    got = entries(path, label="kind")
+    assert [(e.id, e.captions, e.labels, e.reason) for e in got] == [
+        (f"a/ep1.{i}", (f"ep1.{i}.txt",), {"kind": "x"}, None) for i in (1, 2, 3)
+    ]
+    assert [read_member(e.path, e.member) for e in got] == [f"ep1.{i}.mp4".encode() for i in (1, 2, 3)]
+    two = tar(tmp_path / "b.tar", ("k.m4a", b"sound"), ("k.mp4", b"film"), ("k.txt", b"\xef\xbb\xbfboth"))
+    assert [(e.id, e.captions, e.reason) for e in entries(two)] == [
+        ("b/k", ("both",), None),
+        ("b/k.m4a", (), "not taken"),
+    ]
 
 
 def test_tars_of_a_folder_come_in_order(tmp_path):

@@ -45,6 +45,7 @@ def add(data) -> None:
     build.add_argument("--column", action="append", default=[], metavar="FIELD=NAME", help="a column by another name")
     build.add_argument("--split", help="split of a dataset that has several")
     build.add_argument("--clips", action="store_true", help="media named by a video's id alone are cut clips already")
+    build.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
     build.add_argument("--keep", action="store_true", help="store the original bytes")
     build.add_argument("--short-side", type=int, default=256, help="pixels, never scaled up (default %(default)s)")
     build.add_argument("--gop", type=int, default=30, help="frames between key frames (default %(default)s)")
@@ -136,7 +137,14 @@ def _build(args) -> None:
     from vmm.data.sources import open_source
 
     columns = dict(item.partition("=")[::2] for item in args.column)
-    options = {"media": args.media, "label": args.label, "columns": columns, "split": args.split, "clips": args.clips}
+    options = {
+        "media": args.media,
+        "label": args.label,
+        "columns": columns,
+        "split": args.split,
+        "clips": args.clips,
+        "links": args.links,
+    }
     kind, entries, words = open_source(args.source, args.kind, options)
     storage = Storage(
         keep=args.keep, short_side=args.short_side, gop=args.gop, cut=args.cut, seconds=args.seconds,
@@ -162,6 +170,8 @@ def _build(args) -> None:
         f"{args.out}: {told['clips']} clips in {len(told['files']) - 4} shards; left out: {lost}; "
         f"{told['duplicates']} look like another clip"
     )
+    if told.get("remarks"):
+        print("stored, but not just as in the file: " + ", ".join(f"{n} {name}" for name, n in told["remarks"].items()))
 
 
 def _sources(args) -> None:

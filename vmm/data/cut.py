@@ -1,14 +1,15 @@
 """Parts of a media file, one after the other, as a new mp4 file."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vmm.data import media
 from vmm.data.building.store import Storage, Store
-from vmm.data.building.strict import TICK, Sound, read_sound, strict_frames
+from vmm.data.building.strict import TICK, Sound, opened_bytes, read_sound, strict_frames
+from vmm.data.reading.geometry import pixel_ratio
+from vmm.data.reading.open import open_regular
+from vmm.data.reading.problems import BROKEN, DecodeError, reason_of
 from vmm.errors import StorageError, UserError
 
 
@@ -25,9 +26,13 @@ def write_parts(
     if not parts:
         raise UserError(f"{source}: no part to write")
     try:
-        store = _cut(Path(source).read_bytes(), parts, Storage(short_side=short_side))
-    except (media.DecodeError, *media.BROKEN) as error:
-        raise UserError(f"{source}: cannot be decoded ({media.reason_of(error)})") from None
+        with open_regular(source) as file:
+            data = file.read()
+        store = _cut(data, parts, Storage(short_side=short_side))
+    except (DecodeError, *BROKEN) as error:
+        raise UserError(
+            f"{source}: cannot be decoded ({error.reason if isinstance(error, DecodeError) else reason_of(error)})"
+        ) from None
     if not store.count:
         raise UserError(f"{source}: has no pictures")
     temporary = Path(out).with_name(Path(out).name + ".part")
@@ -39,16 +44,16 @@ def write_parts(
 
 
 def _cut(data: bytes, parts: Sequence[tuple[float, float]], storage: Storage) -> Store:
-    with media.opened(io.BytesIO(data)) as container:
-        stream, heard = media.video_stream(container), media.audio_stream(container) is not None
-        if stream is None:
-            raise media.DecodeError("no frames")
-        ratio, offset = float(stream.sample_aspect_ratio or 1), 0.0
+    with opened_bytes(data) as medium:
+        heard = medium.stream("audio") is not None
+        if medium.stream("video") is None:
+            raise DecodeError("no frames")
+        ratio, offset = pixel_ratio(medium.stream("video")), 0.0
     with Store(storage, _sound(data, parts) if heard else None, ratio) as store:
         for first, until in parts:
             last = None
-            with media.opened(io.BytesIO(data)) as container:
-                for frame, time in strict_frames(container, media.video_stream(container), first, storage.pixels):
+            with opened_bytes(data) as medium:
+                for frame, time in strict_frames(medium, first, storage.pixels):
                     if time >= until - TICK:
                         break
                     # What is seen at `first` is the last picture up to it: each replaces the one before.

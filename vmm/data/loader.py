@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from vmm.build import make
 from vmm.data import media
 from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.order import Order, Part, split_buckets
+from vmm.data.reading.problems import REMARKS, from_bits
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
 from vmm.data.targets import check_texts, make_targets
 from vmm.errors import DataBudgetError, UserError
@@ -74,6 +75,7 @@ class Loader:
     """Batches of this host from `start` on. Iterate it; close() stops its threads and processes.
 
     bad: row → Bad of every file that failed so far.
+    remarks: remark → rows of the files of which decoding had to guess, drop or stretch something so far.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Loader:
         if batch % hosts:
             raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
         self.rows, self.budget, self.bad, self.workers = rows, data.budget, {}, data.workers
+        self.remarks: dict[str, set[int]] = {}
         local = batch // hosts
         samples = Samples(rows, data, clip, augment, seed, modalities)
         buckets = [parts]
@@ -120,6 +123,7 @@ class Loader:
         # Not `for`, which would hold Grain's iterator for as long as this generator lives: close() must end it.
         while (sample := next(self.iterator, None)) is not None:
             self._account(sample["failed"], sample["reason"])
+            self._remark(sample["row"], sample["remarks"])
             # What a worker process gives lies in shared memory, which must be free when it ends: also while
             # whoever iterates holds this generator.
             batch = to_batch(_copied(sample) if self.workers else sample)
@@ -135,6 +139,11 @@ class Loader:
                 f"{len(self.bad)} of {len(self.rows)} files could not be decoded, more than the budget of "
                 f"{self.budget:.1%} (data.budget); {bad_summary(self.bad)}\n{bad_list(self.bad)}"
             )
+
+    def _remark(self, rows: np.ndarray, remarks: np.ndarray) -> None:
+        for place in np.flatnonzero(remarks).tolist():
+            for name in from_bits(int(remarks[place])):
+                self.remarks.setdefault(name, set()).add(int(rows[place]))
 
     def planned(self, step: int) -> list[dict]:
         """Returns index, clip and epoch of each sample of a step's global batch, in its order; the first step is 0."""
@@ -236,6 +245,12 @@ def bad_list(bad: Mapping) -> str:
     return "\n".join(f"  {item.path} ({item.reason})" for item in bad.values())
 
 
+def remark_summary(remarks: Mapping[str, Collection[int]]) -> str:
+    """Returns the counts of files by remark, as "3 ends early, 1 errors skipped"; empty where there are none."""
+    counts = {name: len(remarks[name]) for name in REMARKS if remarks.get(name)}
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
 def evaluation_batches(
     manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
     views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES, strict: bool = True,
@@ -294,5 +309,6 @@ class _Exam:
             "present": dict.fromkeys(("video", "audio", "text"), np.bool_(False)),
             **self.samples.told(None, 0.0, clip.seconds),
             "row": np.int32(row),
+            "remarks": np.int32(0),
             "valid": np.bool_(False),
         }

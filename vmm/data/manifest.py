@@ -124,7 +124,7 @@ def read_manifest(path: str | Path, remote: bool = False) -> list[Row]:
     folder = str(path).rpartition("/")[0] if is_address(path) else str(Path(path).parent)
     rows, seen = [], {}
     try:
-        content = content.decode("utf-8")
+        content = content.decode("utf-8-sig")  # Windows writes a mark before the text
     except UnicodeDecodeError as error:
         raise UserError(f"dataset {path}: not UTF-8 text ({error})") from None
     # Not splitlines(): a caption may hold U+2028 or U+0085.

@@ -12,6 +12,7 @@ import numpy as np
 
 from vmm.data import media, text
 from vmm.data.manifest import Row
+from vmm.data.reading.problems import to_bits
 from vmm.data.targets import fields_of, fill, make_targets
 from vmm.errors import DataBudgetError, UserError, one_of
 from vmm.types import MODALITIES
@@ -134,7 +135,8 @@ class Data:
     in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
     evaluation: see EvaluationViews. labels: label → number of classes that a batch carries. tags: the same for those of which
     a clip has any number. text: template of the stream of text, as "{history} {question}" of the row's texts; a clip that
-    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS.
+    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS. tracks: "video" or "audio" →
+    which stream of its kind is decoded of every file, from 0; default: the one that players take.
     workers: decoding processes; 0 decodes in threads of this one. threads: per process.
     prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
     that fit in memory. budget: share of the dataset's files that may fail. remote: folder in which
@@ -151,6 +153,7 @@ class Data:
     tags: Mapping = dataclasses.field(default_factory=dict)
     text: str = "{caption}"
     targets: Mapping = dataclasses.field(default_factory=dict)
+    tracks: Mapping = dataclasses.field(default_factory=dict)
     workers: int = 2
     threads: int = 4
     prefetch: int = 4
@@ -184,7 +187,7 @@ class _Cache:
         return self.kept.get(key)
 
     def put(self, key, value: media.Media) -> None:
-        size = sum(array.nbytes for array in value if array is not None)
+        size = sum(array.nbytes for array in (value.video, value.audio) if array is not None)
         with self.lock:
             if key not in self.kept and self.used + size <= self.limit:
                 self.used += size
@@ -209,7 +212,10 @@ class Samples:
         self.labels, self.tags = dict(data.labels), dict(data.tags)
         self.text, self.targets = data.text, make_targets(data.targets)
         fields_of(self.text, "data.text")
-        self.remote = data.remote
+        self.remote, self.tracks = data.remote, dict(data.tracks)
+        for name, number in self.tracks.items():
+            if name not in ("video", "audio") or type(number) is not int or number < 0:
+                raise UserError(f'data.tracks: "video" or "audio" → a number from 0, got {name!r} → {number!r}')
         self.tokenizer = text.load_tokenizer(data.tokenizer)
         self.cache = _Cache(data.cache)
 
@@ -221,7 +227,8 @@ class Samples:
         """Returns the sample; a row that cannot be decoded is replaced by one of its peers, and flagged.
 
         `failed` and `reason` name the row and why, -1 where all is well: the number and order of
-        samples never depend on bad files. peers: row numbers to choose from, None: all.
+        samples never depend on bad files. `remarks`: bits of what decoding the row that is shown had to guess or
+        drop (vmm/data/reading/problems.py). peers: row numbers to choose from, None: all.
         """
         failed, reason = -1, -1
         count = len(self.rows) if peers is None else len(peers)
@@ -270,7 +277,7 @@ class Samples:
         key = None if drawn else (number, clip.seconds)
         decoded = self.cache.get(key) if key is not None else None
         if decoded is not None:
-            window(None)  # only clips without room are kept: the window is the clip
+            pass  # only clips without room are kept: the window begins where the clip does
         else:
             decoded = self._decode(row, window, clip, crop)
             if key is not None and window.only:
@@ -298,6 +305,7 @@ class Samples:
             "present": {name: np.bool_(value) for name, value in present.items()},
             **self.told(row, window.start, clip.seconds),
             "row": np.int32(number),
+            "remarks": np.int32(to_bits(decoded.remarks)),
         }
 
     def told(self, row: Row | None, start: float, seconds: float) -> dict:
@@ -321,6 +329,7 @@ class Samples:
             return media.decode(
                 row.read(self.remote), pick=window, seconds=clip.seconds, frames=clip.frames, size=clip.size,
                 sample_rate=clip.sample_rate, crop=crop, want=want,
+                known=row.duration if row.start is None and row.end is None else None, tracks=self.tracks,
             )  # fmt: skip
         except media.DecodeError as error:
             if error.reason == "no frames" and len(want) == 1:
@@ -335,9 +344,10 @@ class _Window:
         self.row, self.seconds, self.place, self.only, self.start = row, seconds, place, False, row.start or 0.0
 
     def __call__(self, duration: float | None) -> float:
+        """Returns the window's start. duration: the file's length in seconds, whatever the row's end says."""
         start = self.row.start or 0.0
-        end = self.row.end if self.row.end is not None else duration
-        room = max(0.0, (end if end is not None else start) - start - self.seconds)
+        ends = [end for end in (self.row.end, duration) if end is not None]
+        room = max(0.0, min(ends, default=start) - start - self.seconds)
         self.only = room == 0.0
         self.start = start + self.place * room
         return self.start

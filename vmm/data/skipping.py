@@ -53,6 +53,8 @@ def shown_at(container, stream, targets: Sequence[float], origin: float) -> list
                 if packet.size:
                     return None
                 break  # the end
+            if not packet.size:  # the same picture again; to the decoder it would mean the end
+                continue
             pts = packet.pts
             place = bisect_left(targets, float(pts) * tick.numerator / tick.denominator - origin)
             if place < len(targets) and not packet.is_discard:

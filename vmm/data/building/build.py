@@ -115,8 +115,8 @@ def _plan(work: Path, entries: Iterable[Entry], settings: Settings, out: Path) -
         told = json.loads((work / "plan.json").read_text())
         _same(told["settings"], settings, out)
         return [entry for shard in range(told["shards"]) for entry in _planned(work, shard)]
-    plan = list(unique(iter(entries)))
-    if not plan:
+    plan = unique(iter(entries))
+    if all(entry.reason == "not taken" for entry in plan):
         raise UserError(f"{settings.source}: gives no clips")
     _check_classes(plan, settings)
     (work / "plan").mkdir(exist_ok=True)
@@ -255,6 +255,7 @@ def _finish(shards: Iterable[int], out: Path, work: Path, settings: Settings) ->
         "settings": json.loads(json.dumps(_plain(settings))),
         "clips": len(rows),
         "left_out": dict(Counter(row["reason"] for row in lost).most_common()),
+        "remarks": dict(Counter(name for row in rows for name in row["media"].get("remarks", ())).most_common()),
         "duplicates": len(duplicates),
         "files": {str(file.relative_to(out)): _sha256(file) for file in files},
     }
@@ -275,10 +276,10 @@ def _sha256(path: Path) -> str:
 
 
 def _within_budget(told: dict, out: Path, settings: Settings) -> dict:
-    lost = sum(told["left_out"].values())
+    lost = sum(count for reason, count in told["left_out"].items() if reason != "not taken")
     total = lost + told["clips"]
     if lost > settings.budget * total:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in told["left_out"].items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in told["left_out"].items() if reason != "not taken")
         raise DataBudgetError(
             f"{out}: {lost} of {total} clips were left out, more than the budget of {settings.budget:.1%} ({reasons}); "
             f"see {out}/quarantine.jsonl, then mend the source or raise --budget"

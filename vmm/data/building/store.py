@@ -8,10 +8,10 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from vmm.data import media
 from vmm.data.building.duplicates import picture_hash
 from vmm.data.building.strict import Sound
-from vmm.data.media import DecodeError
+from vmm.data.reading.geometry import pose, upright
+from vmm.data.reading.problems import DecodeError
 
 TIME_BASE = Fraction(1, 90000)  # of stored pictures: any frame rate, variable ones too
 _FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: how long each picture is shown reaches the file
@@ -133,9 +133,9 @@ class Store:
         width, height = (max(2, round(side * scale / 2) * 2) for side in (width, height))
         if width * height > self.storage.pixels:
             raise DecodeError("too large", f"{width}×{height} pixels, once they are square")
-        if media.stands(frame):
+        if pose(frame) == (0, False):  # stored as it is shown
             return frame.reformat(width, height, "yuv420p", threads=1)
-        pixels = media.upright(frame, frame.reformat(width, height, "rgb24", threads=1).to_ndarray())
+        pixels = upright(frame, frame.reformat(width, height, "rgb24", threads=1).to_ndarray())
         return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24").reformat(format="yuv420p", threads=1)
 
     def _begin_pictures(self, shown) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 
 from vmm.data.inspection.dataset import Dataset, open_dataset, printable
 from vmm.data.manifest import Row
-from vmm.data.media import DecodeError
+from vmm.data.media import BROKEN, DecodeError, probe_duration
+from vmm.data.reading.open import open_regular
 from vmm.data.shards import count_records
 from vmm.errors import UserError
 
 _TOGETHER = 64  # clips a thread takes at once
+_LATE = 0.5  # seconds by which a span may go on behind the end of its file: tables round
 
 Progress = Callable[[str, int, int], None]
 
@@ -152,7 +154,7 @@ def _clips(dataset: Dataset, sample: int | None, pool: ThreadPoolExecutor, progr
         problems = []
         for group in batch:
             problem = _clip(group[0])
-            problems += [f"clip {row.id}: {problem}" for row in group] if problem else []
+            problems += [f"clip {row.id}: {problem}" for row in group] if problem else _spans(group)
         return sum(map(len, batch)), problems
 
     done, problems = 0, []
@@ -167,7 +169,7 @@ def _clip(row: Row) -> str | None:
     try:
         row.read()
         if row.record is None and row.sha256 is None:
-            with open(row.path, "rb") as file:  # a folder, or a file that may not be read, is no clip
+            with open_regular(row.path) as file:  # a folder, or a file that may not be read, is no clip
                 if not file.read(1):
                     return f"{row.path} is empty"
     except DecodeError as error:
@@ -175,3 +177,21 @@ def _clip(row: Row) -> str | None:
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         return f"{row.path}: {getattr(error, 'strerror', None) or error}"
     return None
+
+
+def _spans(rows: list[Row]) -> list[str]:
+    """Compares the spans of clips that lie in one file with its length. A file that does not open tells none."""
+    spans = [row for row in rows if row.start is not None or row.end is not None]
+    if not spans:
+        return []
+    try:
+        length = probe_duration(spans[0].read())
+    except (DecodeError, *BROKEN):
+        return []
+    problems = []
+    for row in spans:
+        if length is not None and (row.start or 0.0) >= length:
+            problems.append(f"clip {row.id}: starts at {row.start:g} s, the file has {length:.4g}")
+        elif length is not None and row.end is not None and row.end > length + _LATE:
+            problems.append(f"clip {row.id}: ends at {row.end:g} s, the file has {length:.4g}")
+    return problems

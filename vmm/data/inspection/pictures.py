@@ -15,6 +15,10 @@ from matplotlib.image import imsave
 
 from vmm.data import media
 from vmm.data.manifest import Row
+from vmm.data.reading.decode import frames
+from vmm.data.reading.geometry import pixel_ratio, shown_aspect
+from vmm.data.reading.open import open_regular
+from vmm.data.reading.timeline import length_of
 from vmm.data.sandbox import Answer
 from vmm.mel import mel_filters
 
@@ -89,28 +93,28 @@ def _begin(source: str | BinaryIO) -> str | BinaryIO:
 def _bytes(source: str | BinaryIO) -> bytes:
     if not isinstance(source, str):
         return _begin(source).read()
-    with open(source, "rb") as file:
+    with open_regular(source) as file:
         return file.read()
 
 
 def _facts(source: str | BinaryIO) -> dict:
     """Returns what the container says, and the shape of the first picture as it is shown (aspect: width to height)."""
     facts = {"bytes": os.path.getsize(source) if isinstance(source, str) else source.seek(0, 2), "aspect": 1.0}
-    with media.opened(_begin(source)) as container:
-        seen, heard = media.video_stream(container), media.audio_stream(container)
-        facts |= {"container": container.format.name.split(",")[0], "duration": media.duration(container)}
+    with media.Medium(_begin(source)) as medium:
+        duration = length_of(medium)
+        seen, heard = medium.stream("video"), medium.stream("audio")
+        facts |= {"container": medium.format, "duration": duration}
         facts |= {"video_codec": _codec(seen), "audio_codec": _codec(heard)}
         facts |= {"width": None, "height": None, "fps": None}
         if seen is not None and seen.codec_context is not None:
             facts |= {"width": seen.width, "height": seen.height}
             facts["fps"] = round(float(seen.average_rate), 3) if seen.average_rate else None
             try:
-                frame = next((frame for frame, _ in media.frames_from(container, seen, 0.0)), None)
+                frame = next((frame for frame, _ in frames(medium, "video", 0.0)), None)
             except media.BROKEN:  # decode() says so, or draws the sound
                 frame = None
             if frame is not None:
-                aspect = frame.width * float(seen.sample_aspect_ratio or 1) / frame.height
-                facts["aspect"] = aspect if round(frame.rotation / 90) % 2 == 0 else 1 / aspect
+                facts["aspect"] = shown_aspect(frame, pixel_ratio(medium.stream("video")))
     return facts
 
 

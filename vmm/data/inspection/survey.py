@@ -37,6 +37,7 @@ def survey(dataset: Dataset) -> dict:
             "no caption": sum(not row.captions for row in dataset.rows),
             UNKNOWN: sum("video_codec" not in one or "audio" not in one for one in media),
         },
+        "remarks": _counted(str(name) for one in media for name in one.get("remarks") or ()),
         "captions": _captions(dataset),
         "labels": {name: _balance(dataset, name) for name in sorted({key for row in dataset.rows for key in row.labels})},
         "near_duplicates": None if dataset.duplicates is None else len(dataset.duplicates),
@@ -127,6 +128,8 @@ def print_survey(title: str, numbers: dict) -> None:
         told = numbers["clips"] - missing[UNKNOWN]
         note = f" of {told:,}; {UNKNOWN} of {missing[UNKNOWN]:,}" if missing[UNKNOWN] else ""
         table.add_row(name, f"{missing[name]:,}{note}" if told else UNKNOWN)
+    if numbers["remarks"]:
+        table.add_row("not just as in its file", _some(numbers["remarks"], 20))
     table.add_row("no caption", f"{missing['no caption']:,}")
     words = captions["words"]
     if words:

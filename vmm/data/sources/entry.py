@@ -7,22 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 VIDEO = {
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".flv",
-    ".3gp",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".ogv",
-    ".gif",
-}
-AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aiff"}
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".mpg",
+    ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".wmv", ".asf", ".ogv",
+    ".ogm", ".divx", ".mxf", ".dv", ".nut", ".ivf", ".h264", ".264", ".hevc", ".265", ".gif",
+}  # fmt: skip
+AUDIO = {
+    ".wav", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mka",
+    ".aac", ".ac3", ".eac3", ".amr", ".wma", ".aif", ".aiff", ".aifc", ".caf", ".wv", ".tta",
+    ".ape",
+}  # fmt: skip
 MEDIA = VIDEO | AUDIO
 
 _LONGEST_CAPTION = 20_000  # characters; above, a caption is a page that was scraped
@@ -50,8 +43,8 @@ class Entry(NamedTuple):
     asked: dict = {}
 
 
-REASONS = ("bad caption", "bad span", "bad path", "bad line", "bad label", "duplicate id", "missing")
-"""Why a source line gives no clip."""
+REASONS = ("bad caption", "bad span", "bad path", "bad line", "bad label", "duplicate id", "missing", "not taken")
+"""Why a source line gives no clip. What is not taken was not meant to be one: it is listed, and counts for no budget."""
 
 
 class Bad(Exception):
@@ -176,14 +169,24 @@ def _short(value) -> str:
     return text if len(text) < 200 else text[:200] + "…"
 
 
-def unique(entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Yields entries, those whose id an earlier clip has marked as duplicates."""
-    seen: set[str] = set()
+def unique(entries: Iterator[Entry]) -> list[Entry]:
+    """Returns entries in their order, each clip once.
+
+    A table with a line for every caption names a clip several times: its captions come together. Any other entry whose id
+    an earlier clip has is marked as a duplicate.
+    """
+    found: list[Entry] = []
+    places: dict[str, int] = {}
     for entry in entries:
         # A file name need not be UTF-8, an id has to be.
         entry = entry._replace(id=entry.id.encode("utf-8", "backslashreplace").decode())
         if not entry.reason:
-            if entry.id in seen:
+            place = places.setdefault(entry.id, len(found))
+            if place < len(found):
+                first = found[place]
+                if entry.captions and entry == first._replace(captions=entry.captions):
+                    found[place] = first._replace(captions=tuple(dict.fromkeys((*first.captions, *entry.captions))))
+                    continue
                 entry = entry._replace(reason="duplicate id", detail="an earlier clip has it")
-            seen.add(entry.id)
-        yield entry
+        found.append(entry)
+    return found

@@ -18,7 +18,8 @@ _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, Memor
 def webdataset(path: Path, label: str = "") -> Iterator[Entry]:
     """Yields the clips of a tar, or of every tar of a folder, in the order of names, then of members.
 
-    A key is a member's name up to the first dot of its last part. .txt: the caption; .json: {"caption": …} and, under
+    A key is a member's name up to the first dot of its last part; where several media have one key, what stands between it
+    and their last dot tells them apart (`a.1.mp4` and `a.1.txt`, `a.2.mp4`). .txt: the caption; .json: {"caption": …} and, under
     `label`, the class; .cls: the class under `label`. Links, absolute names and names with .. are refused.
     """
     if path.is_file():
@@ -56,7 +57,7 @@ def _tar(path: Path, label: str) -> Iterator[Entry]:
                 head, tail = posixpath.split(member.name)
                 stem, _, suffix = tail.partition(".")
                 key, suffix = posixpath.join(head, stem), "." + suffix.lower()
-                text = tar.extractfile(member).read(_LONGEST) if member.isreg() and suffix in _TEXTS else b""
+                text = tar.extractfile(member).read(_LONGEST) if member.isreg() and suffix.endswith(_TEXTS) else b""
             except _BROKEN as error:
                 yield from group.clip(label)
                 yield Entry(
@@ -113,25 +114,45 @@ class _Group:
             if not self.refused:
                 yield entry._replace(reason="bad line", detail=f"no media among {', '.join(sorted(self.members))}")
             return
-        _, member = self.members[media[0][1]]
+        parts = sorted({suffix.rsplit(".", 1)[0] for _, suffix in media})
+        for part in parts:
+            found = [suffix for _, suffix in media if suffix.rsplit(".", 1)[0] == part]
+            yield self._one(entry if len(parts) == 1 else entry._replace(id=entry.id + part), found[0], part, label)
+            for suffix in found[1:]:
+                yield Entry(
+                    f"{entry.id}{suffix}",
+                    str(self.path),
+                    reason="not taken",
+                    detail=f"the clip is {self.key}{found[0]}",
+                )
+
+    def _one(self, entry: Entry, suffix: str, part: str, label: str) -> Entry:
+        """Returns the entry of one medium. part: what stands before its last suffix, behind the key."""
+        _, member = self.members[suffix]
         entry = entry._replace(member=("bytes", member.offset_data, member.size))
         try:
-            captions, labels = self._words(label)
-            yield entry._replace(captions=captions_of(captions), labels=labels_of(labels))
+            captions, labels = self._words(label, part)
+            return entry._replace(captions=captions_of(captions), labels=labels_of(labels))
         except (ValueError, RecursionError):
-            yield entry._replace(reason="bad caption", detail="not UTF-8, or not JSON")
+            return entry._replace(reason="bad caption", detail="not UTF-8, or not JSON")
         except Bad as error:
-            yield entry._replace(reason=error.reason, detail=error.detail)
+            return entry._replace(reason=error.reason, detail=error.detail)
 
-    def _words(self, label: str) -> tuple:
+    def _words(self, label: str, part: str) -> tuple:
+        """Returns captions and labels: of the part, else of the whole key."""
         captions, labels = None, {}
-        if ".json" in self.members:
-            value = json.loads(self.members[".json"][0].decode())
+
+        def text(suffix: str) -> str | None:
+            found = self.members.get(part + suffix, self.members.get(suffix))
+            return None if found is None else found[0].decode("utf-8-sig")
+
+        if (data := text(".json")) is not None:
+            value = json.loads(data)
             if isinstance(value, dict):
                 captions = value.get("caption", value.get("text"))
                 labels = {label: value.get(label)} if label else {}
-        if ".txt" in self.members:
-            captions = self.members[".txt"][0].decode()
-        if label and ".cls" in self.members:
-            labels = {label: self.members[".cls"][0].decode().strip()}
+        if (data := text(".txt")) is not None:
+            captions = data
+        if label and (data := text(".cls")) is not None:
+            labels = {label: data.strip()}
         return captions, labels
