@@ -23,6 +23,7 @@ from vmm.encoders import ENCODERS
 from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
+from vmm.evals.retrieval import Retrieval
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
 from vmm.training.early import Early
@@ -148,6 +149,10 @@ class Experiment:
         if self.adversary:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
+        self.evals = {
+            name: evaluator.trained_on(c.objectives) if isinstance(evaluator, Retrieval) else evaluator
+            for name, evaluator in self.evals.items()
+        }
         watched = self.early.metric.split("/")[0]
         if self.early.metric and watched not in self.evals:
             raise UserError(
