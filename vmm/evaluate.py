@@ -61,7 +61,9 @@ class Predict:
         # The whole state's program, not that of the parameters alone: training has compiled it.
         with jax.set_mesh(self.mesh):
             state = experiment.program(self.mesh).init(jax.random.key(experiment.config.seed))
-        return Predict(experiment, experiment.merged(state.params), self.mesh, self.strict)
+        before = Predict(experiment, experiment.merged(state.params), self.mesh, self.strict)
+        before.asked = set()  # one subset at a time: few are asked for
+        return before
 
     def _jit(self, method: str, **static) -> Callable:
         """Returns (params, batch) → what a method of the recipe says; randomness is of each clip's place in the manifest."""

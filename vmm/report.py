@@ -232,6 +232,7 @@ def _similarity(run: Run, name: str) -> list[str]:
     """The similarity matrix of videos and captions, and some clips with their nearest captions."""
     evaluator = run.experiment.evals[name]
     predict = Predict(run.experiment, weights(run.state), run.mesh)
+    predict.asked = {"VAT"}  # what the evaluators ask for besides is not drawn here
     rows = predict(evaluator.data, "VAT")
     keys = [f"{evaluator.objective}/{stream}" for stream in ("video", "audio", "text")]
     if keys[2] not in rows or (keys[0] not in rows and keys[1] not in rows):
