@@ -133,7 +133,10 @@ def test_a_probe_of_more_streams_has_no_more_features_and_chooses_its_penalty():
     probe = Probe(train="train", data="test", subsets=("V", "VA"), features=3, penalties=(1e-4, 1.0))
     fitted = probe.prepare(lambda manifest, subset: data[manifest])
     assert {name: model.coef_.shape for (name, _), (_, model) in fitted.items()} == {"V": (3, 3), "VA": (3, 3)}
-    x, y = np.random.default_rng(0).normal(size=(80, 30)), np.arange(80) % 2  # nothing to be found: the stronger of equals
+    x, y = (
+        np.random.default_rng(0).normal(size=(80, 30)),
+        np.arange(80) % 2,
+    )  # nothing to be found: the stronger of equals
     assert probe._fit(x, y)[1].C in probe.penalties
     assert dataclasses.replace(probe, penalties=(1.0, 1e-4))._choose(np.zeros((80, 3)), y) == 1e-4
     assert fitted["V", "kind"][1].C == 1.0  # at 1e-4 it would tell nothing

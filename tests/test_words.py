@@ -50,7 +50,9 @@ def test_padding_is_no_word_and_repeats_count_once():
     params["video_words"]["bias"] = params["video_words"]["bias"].at[jnp.array([3, 4])].set(50.0).at[0].set(-50.0)
     outputs = outputs._replace(patches=outputs.patches | {"text": text._replace(values=ids, valid=valid)})
     value, metrics = module.apply({"params": params}, outputs, batch)
-    np.testing.assert_allclose(float(value), (PATCHES["text"][2] - 3) * np.log(2), rtol=1e-5)  # those of which it knows nothing
+    np.testing.assert_allclose(
+        float(value), (PATCHES["text"][2] - 3) * np.log(2), rtol=1e-5
+    )  # those of which it knows nothing
     assert float(metrics["found"]) == 1.0
 
 
