@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> dict:
     depth = dict(video=1, audio=1, text=1) if small else dict(video=3, audio=2, text=1)
     return dict(
         seed=0,
-        steps=20 if small else 600,
+        steps=20 if small else 800,
         batch=16 if small else 32,
         data=world_data(),
         trunk=dict(
@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> dict:
             fusion=dict(kind="bottleneck", depth=2, bottlenecks=4, **layers),
             apart=("text",),
         ),
-        views=dict(masked={name: dict(kind="random", ratio=0.25) for name in ("video", "audio")}),
+        views=dict(masked=dict(audio=dict(kind="random", ratio=0.25))),
         objectives=dict(
             contrast=dict(
                 kind="contrastive",
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> dict:
                 kind="masked",
                 view="masked",
                 weight=0.5,
-                modalities=("video", "audio"),
+                modalities=("audio",),
                 width=width // 2,
                 depth=1,
                 heads=2,
@@ -57,6 +57,6 @@ def get_config(variant: str = "") -> dict:
         ),
         optim=dict(learning_rate=1e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
         evals=world_evals(),
-        save_every=10 if small else 300,
+        save_every=10 if small else 400,
         log_every=5 if small else 10,
     )
