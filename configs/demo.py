@@ -1,12 +1,15 @@
 """The demo: a small video + audio + text model on the synthetic world, minutes on two cores.
 
-One pass a step over a lightly masked view (as FLIP, Li et al. 2023): a quarter of picture and sound is hidden. Four things are asked of it.
-Contrastive between caption and each of video and audio. Video and audio are not contrasted with each other: in this world they
-share only the bright background and its hum, and the pair would teach the video encoder just that. Each pair has its
-own share of the space: a caption tells of both, and sound, learned first, would else fill it (experiments/LOG.md).
-The words of the caption, of the encoded streams: contrast alone learns colours and notes, and shapes and motions late. The same
-of the fused streams, which the text stays apart from: "match" and "clash" are words that neither sight nor sound tells, so
-that fusion has something to do. And masked modelling of picture and sound from the fused streams.
+One pass a step, in which a quarter of the sound is hidden. Four things are asked of it. Contrastive between caption and each
+of video and audio; video and audio are not contrasted with each other: in this world they share only the bright
+background and its hum, and the pair would teach the video encoder just that. Each pair has its own share of the space: a
+caption tells of both, and sound, learned first, would else fill it (experiments/LOG.md). The words of the caption, of the
+encoded streams. The same of the fused streams, which the text stays apart from: "match" and "clash" are words that neither
+sight nor sound tells alone, so that fusion has something to do. And masked modelling of the sound from the fused streams.
+
+`make demo` after the install: 6.2 processor minutes, 4.5 of them training (two shared cores that multiply at 98 to 105 GFLOP/s
+each). On the test split: V→T R@1 27.0 %, A→T 63.7 %, VA→T 98.4 %; fused features tell `both` in 100 % of clips (untrained
+ones in 55 %), but shape and motion worse than those of video alone (48 and 39 %, against 57 and 57).
 """
 
 from common import check, world_data, world_evals
