@@ -75,6 +75,7 @@ def test_what_cannot_be_is_one_line(fields, message):
 def of_demo(world_folder, **trunk):
     config = small_config(world_folder)
     config["trunk"] |= trunk
+    config["objectives"]["masked"]["modalities"] = ("video", "audio")
     return config
 
 
@@ -100,6 +101,13 @@ def test_streams_apart_are_encoded_and_change_nothing_that_is_fused(world_folder
 
 def _paths(tree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def test_what_is_not_fused_is_not_decoded(world_folder):
+    config = of_demo(world_folder, apart=("text",))
+    config["objectives"]["masked"]["modalities"] = ("video", "text")
+    with pytest.raises(UserError, match="stay out of the fusion"):
+        Experiment(config)
 
 
 @pytest.mark.parametrize("names", [("words",), ("video", "audio", "text")])
