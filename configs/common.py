@@ -54,7 +54,14 @@ def world_evals(root: str = "data/world") -> dict:
     """Returns the evals group: retrieval and linear probes on the world's test split."""
     return dict(
         retrieval=dict(kind="retrieval", data=f"{root}/test.jsonl", objective="contrast"),
-        probe=dict(kind="probe", train=f"{root}/validation.jsonl", data=f"{root}/test.jsonl"),
+        probe=dict(
+            kind="probe",
+            train=f"{root}/validation.jsonl",
+            data=f"{root}/test.jsonl",
+            features=128,
+            penalties=(0.001, 0.01, 0.1, 1.0),
+            untrained=("VA",),
+        ),
     )
 
 

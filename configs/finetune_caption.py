@@ -37,7 +37,7 @@ def captions(variant: str) -> dict:
             targets=dict(caption=dict(kind="text", of="{caption}", length=24)),
         ),
         trunk=dict(
-            encoders=dict(video=dict(kind="video", tubelet=(8, 8, 8), width=width, depth=depth, heads=heads)),
+            encoders=dict(video=dict(kind="video", tubelet=(8, 16, 16), width=width, depth=depth, heads=heads)),
             fusion=dict(kind="late", width=width, depth=0, heads=heads),
         ),
         views=dict(clean={}),

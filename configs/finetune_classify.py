@@ -2,7 +2,7 @@
 
 On the world, from `make demo`'s published model. "": everything is trained, with label smoothing. `probe`: the encoder is
 frozen, the head attends to its tokens. `lora`: adapters of rank 2 on patches and attention, the encoder frozen (Hu et
-al. 2022); with the head 1.1 % of the parameters. `layer_decay`: each layer at 0.75 of the rate above it (Bao et al. 2022). `scratch`:
+al. 2022); with the head 1.3 % of the parameters. `layer_decay`: each layer at 0.75 of the rate above it (Bao et al. 2022). `scratch`:
 as "", without a start. `small` runs in seconds, without a start too. Other data: data.train, data.labels, the labels of the
 objective, and the encoder of the base. `vmm publish RUN FOLDER --adapters` writes adapters and head alone.
 """
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> dict:
         batch=16 if small else 32,
         data=world_data(labels=labels),
         trunk=dict(
-            encoders=dict(video=dict(kind="video", tubelet=(8, 8, 8), width=width, depth=depth, heads=heads)),
+            encoders=dict(video=dict(kind="video", tubelet=(8, 16, 16), width=width, depth=depth, heads=heads)),
             fusion=dict(kind="late", width=width, depth=0, heads=heads),
         ),
         views=dict(clean={}),

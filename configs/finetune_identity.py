@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> dict:
         batch=16 if small else 32,
         data=world_data(train="data/world/identity_train.jsonl", labels=dict(identity=48)),
         trunk=dict(
-            encoders=dict(video=dict(kind="video", tubelet=(8, 8, 8), width=width, depth=depth, heads=heads)),
+            encoders=dict(video=dict(kind="video", tubelet=(8, 16, 16), width=width, depth=depth, heads=heads)),
             fusion=dict(kind="late", width=width, depth=0, heads=heads),
         ),
         views=dict(clean={}),

@@ -83,15 +83,35 @@ def world_folder(tmp_path_factory) -> Path:
 
 
 def small_config(world: Path, **changes) -> dict:
-    """The demo's small variant on the test world, with groups replaced by `changes`."""
+    """A tiny model of every part on the test world, as the demo's small variant in the rest; groups replaced by `changes`."""
     from vmm.build import load_config
 
     config = load_config(str(ROOT / "configs" / "demo.py") + ":small")
     config["data"] |= {"train": f"{world}/train.jsonl", "tokenizer": f"{world}/tokenizer.json", "workers": 0}
     config["data"]["clip"] = dict(seconds=2.0, frames=4, size=24, sample_rate=16000, text_length=24)
     config["evals"] = {"retrieval": dict(kind="retrieval", data=f"{world}/test.jsonl", objective="contrast")}
-    config["trunk"]["encoders"]["video"]["tubelet"] = (2, 12, 12)
-    config["trunk"]["fusion"] = dict(kind="joint", width=32, depth=1, heads=2)  # the least that mixes
+    encoder = dict(width=32, depth=1, heads=2)
+    config["trunk"] = dict(
+        encoders=dict(
+            video=dict(kind="video", tubelet=(2, 12, 12), **encoder),
+            audio=dict(kind="audio", bins=64, patch=(8, 64), **encoder),
+            text=dict(kind="text", vocabulary=512, **encoder),
+        ),
+        fusion=dict(kind="joint", width=32, depth=1, heads=2),  # the least that mixes
+    )
+    config["views"] = dict(
+        clean={},
+        masked=dict(
+            video=dict(kind="tube", ratio=0.75),
+            audio=dict(kind="random", ratio=0.6),
+            text=dict(kind="random", ratio=0.3),
+        ),
+    )
+    pairs = (("video", "text"), ("audio", "text"))
+    config["objectives"] = dict(
+        contrast=dict(kind="contrastive", view="clean", width=32, pooling="attention", pairs=pairs, separate=True),
+        masked=dict(kind="masked", view="masked", weight=0.5, width=16, depth=1, heads=2, standardise=False),
+    )
     return config | changes
 
 

@@ -49,7 +49,7 @@ def test_overrides():
     assert config["optim"]["learning_rate"] == 3e-4
     assert config["trunk"]["fusion"]["kind"] == "joint"
     assert config["trunk"]["fusion"]["scan"] is True
-    config = load_config(DEMO, ["views.masked.video.ratio=0.5", "objectives.contrast.pairs=(('video','text'),)"])
+    config = load_config(DEMO, ["views.masked.audio.ratio=0.5", "objectives.contrast.pairs=(('video','text'),)"])
     assert config["objectives"]["contrast"]["pairs"] == (("video", "text"),)
 
 
@@ -69,11 +69,11 @@ def test_overrides():
         ("trunk.encoders.video.heads=7", "does not divide over 7 heads"),
         ("data.clip.sise=3", r"data.clip.sise: no such key; did you mean 'size'"),
         ("data.clip.frames=0", "must be positive"),
-        ("views.masked.video.kind=tubes", r"unknown mask 'tubes'; did you mean 'tube'"),
+        ("views.masked.audio.kind=randm", r"unknown mask 'randm'; did you mean 'random'"),
         ("views.masked=tube", r"views.masked: expected a group of keys"),
-        ("views.masked.video.ratio=0.001", "must hide some, and at most all"),
-        ("objectives.contrast.view=cleen", r"no view 'cleen'; did you mean 'clean'"),
-        ("objectives.masked.view=clean", "hides nothing of 'video'"),
+        ("views.masked.audio.ratio=0.001", "must hide some, and at most all"),
+        ("objectives.contrast.view=maskd", r"no view 'maskd'; did you mean 'masked'"),
+        ("objectives.masked.modalities=('text',)", "hides nothing of 'text'"),
         ("objectives.contrast.variant=hinge", "unknown variant 'hinge'; known: sigmoid, softmax"),
         ("optim.warmup=30", "leave nothing of the run's 20"),
         ("optim.decay_rules=(('nothing',1.0),('.*',0.0))", "'nothing' matches no parameter"),

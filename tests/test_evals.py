@@ -1,9 +1,11 @@
 """Evaluators against hand-made truth: perfect, chance, ties, gaps; exact for any size, batch and shard count."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import small_config, tiny_config
 from sklearn import metrics
 
 from vmm.build import load_config
@@ -16,6 +18,7 @@ from vmm.evals.tables import grid
 from vmm.evals.tagging import Tagging, average_precision, curves, roc_area
 from vmm.evaluate import Predict
 from vmm.experiment import Experiment
+from vmm.objectives import OBJECTIVES
 from vmm.sharding import MeshShape, make_mesh
 
 
@@ -105,6 +108,66 @@ def test_retrieval_takes_the_same_complete_clips_for_every_direction():
     directions = {key.split("/")[0] for key in values if "→" in key}
     assert directions == {"V→A", "V→T", "A→V", "A→T", "T→V", "T→A", "VA→T", "VT→A", "AT→V"}
     assert all(values[f"{direction}/R@1"] == 1.0 for direction in directions)
+
+
+def test_a_direction_that_was_not_trained_is_not_shown(world_folder):
+    """The pairs are those of the objective, by the experiment; a query of several streams needs all of them."""
+    evaluator = Experiment(small_config(world_folder)).evals["retrieval"]
+    assert evaluator.pairs == (("video", "text"), ("audio", "text"))
+    rng = np.random.default_rng(0)
+    rows = {f"contrast/{name}": rng.normal(size=(9, 4)) for name in ("video", "audio", "text")}
+    rows |= {f"present/{name}": np.ones(9, bool) for name in ("video", "audio", "text")} | {"row": np.arange(9)}
+    values = evaluator(lambda manifest, subset: rows)
+    assert {key.split("/")[0] for key in values if "→" in key} == {"V→T", "A→T", "T→V", "T→A", "VA→T"}
+    both = {"contrast": OBJECTIVES["contrastive"]()}
+    assert Retrieval(data="test").trained_on(both).pairs == (
+        ("video", "text"),
+        ("audio", "text"),
+        ("video", "audio"),
+    )
+    given = Retrieval(data="test", pairs=(("audio", "text"),))
+    assert given.trained_on(both) is given
+
+
+def test_a_probe_of_more_streams_has_no_more_features_and_chooses_its_penalty():
+    data = {"train": predictions(120), "test": predictions(60, 1)}
+    probe = Probe(train="train", data="test", subsets=("V", "VA"), features=3, penalties=(1e-4, 1.0))
+    fitted = probe.prepare(lambda manifest, subset: data[manifest])
+    assert {name: model.coef_.shape for (name, _), (_, model) in fitted.items()} == {"V": (3, 3), "VA": (3, 3)}
+    x, y = (
+        np.random.default_rng(0).normal(size=(80, 30)),
+        np.arange(80) % 2,
+    )  # nothing to be found: the stronger of equals
+    assert probe._fit(x, y)[1].C in probe.penalties
+    assert dataclasses.replace(probe, penalties=(1.0, 1e-4))._choose(np.zeros((80, 3)), y) == 1e-4
+    assert fitted["V", "kind"][1].C == 1.0  # at 1e-4 it would tell nothing
+
+
+def test_untrained_features_stand_beside_the_trained():
+    data = {"train": predictions(120), "test": predictions(60, 1)}
+
+    class Model:
+        def __call__(self, manifest, subset):
+            return data[manifest]
+
+        @property
+        def untrained(self):
+            return lambda manifest, subset: {
+                key: np.zeros_like(value) if key.startswith("fused") else value for key, value in data[manifest].items()
+            }
+
+    probe = Probe(train="train", data="test", subsets=("VA",), untrained=("VA",))
+    values = probe(Model())
+    assert set(values) == {"VA/kind", "VA untrained/kind"}
+    assert values["VA/kind"] > 0.95 and values["VA untrained/kind"] < 0.6
+    assert set(probe(lambda manifest, subset: data[manifest])) == {"VA/kind"}  # who cannot tell, as under noise
+
+
+def test_a_stream_that_is_not_fused_is_probed_as_encoded():
+    rows = predictions(120)
+    rows["encoded/text"], rows["present/text"] = rows["fused/video"], np.ones(120, bool)
+    values = Probe(train="a", data="a", subsets=("T", "AT"))(lambda manifest, subset: rows)
+    assert values["T/kind"] == 1.0 and values["AT/kind"] > 0.95
 
 
 def world_predict(world, mesh: tuple, batch: int) -> Predict:

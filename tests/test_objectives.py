@@ -29,6 +29,7 @@ OBJECTIVE_FIELDS = {
     "identify": dict(label="action", classes=3, width=8),
     "pixels": dict(tubelet=(1, 2, 2), width=D, depth=1, heads=HEADS),
     "align": dict(labels=LABELS),
+    "words": dict(stage="encoded"),  # a trunk that keeps the text apart: tests/test_words.py
     "localise": dict(classes=3, seconds=4.0, participants=2, steps=8, width=D, depth=1, heads=HEADS, points=2),
 }
 ROWS = 5

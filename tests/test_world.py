@@ -159,7 +159,8 @@ def test_the_number_of_missing_streams_is_exact(tmp_path, monkeypatch, size, mis
 def test_a_mute_clip_has_no_label_and_no_word_of_sound(large):
     mute = [line for line in large if "pitch" not in line["labels"]]
     assert mute
-    spoken = {word.lower() for name in ("pitch", "timbre") for word in world.FACTS[name]} | {"beats", "note"}
+    spoken = {word.lower() for name in ("pitch", "timbre") for word in world.FACTS[name]}
+    spoken |= {"beats", "note", "match", "clash"}
     for line in mute:
         assert set(line["labels"]) == {"shape", "colour", "motion", "video", "either", "order"}
         for caption in line["caption"] or ():
@@ -185,6 +186,7 @@ def test_captions_hold_the_facts_in_several_phrasings(large):
             assert moves.get(motion, motion) in caption
             if "rhythm" in labels:
                 assert world.FACTS["rhythm"][labels["rhythm"]] in words
+                assert [word for word in words if word in ("match", "clash")] == [("match", "clash")[labels["both"]]]
             assert {"yes", "no", "sync", "order"}.isdisjoint(words)  # the planted labels are not told
 
 

@@ -1,5 +1,6 @@
 """vmm eval: a run's weights → every evaluator of its config → tables and evals.jsonl."""
 
+import functools
 import itertools
 import json
 import math
@@ -50,6 +51,19 @@ class Predict:
         self.memory: dict = {}
         self.captions: dict = {}
         self.forward = self._jit("predict")
+        named = (getattr(evaluator, "subsets", ()) for evaluator in experiment.evals.values())
+        self.asked = {"VAT"}.union(*named)  # subsets that the evaluators ask for
+
+    @functools.cached_property
+    def untrained(self) -> "Predict":
+        """The same of the network before its training, at the run's own initial parameters."""
+        experiment = self.experiment
+        # The whole state's program, not that of the parameters alone: training has compiled it.
+        with jax.set_mesh(self.mesh):
+            state = experiment.program(self.mesh).init(jax.random.key(experiment.config.seed))
+        before = Predict(experiment, experiment.merged(state.params), self.mesh, self.strict)
+        before.asked = set()  # one subset at a time: few are asked for
+        return before
 
     def _jit(self, method: str, **static) -> Callable:
         """Returns (params, batch) → what a method of the recipe says; randomness is of each clip's place in the manifest."""
@@ -73,8 +87,9 @@ class Predict:
         if not self.knows(subset):
             return None
         if (manifest, subset) not in self.memory:
-            # One pass over the data for all subsets: decoding costs more than predicting.
-            for (mine, _), values in self._run(manifest, [s for s in SUBSETS if self.knows(s)]).items():
+            # One pass over the data for all subsets that are asked for: decoding costs more than predicting.
+            wanted = [s for s in SUBSETS if self.knows(s) and (s == subset or s in self.asked)]
+            for (mine, _), values in self._run(manifest, wanted).items():
                 self.memory[manifest, mine] = mean_of_views(values, SUBSETS[mine])
         return self.memory[manifest, subset]
 

@@ -26,6 +26,7 @@ from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
+from vmm.objectives import OBJECTIVES
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
 from vmm.training.early import Early
 from vmm.training.guard import Guard, check_guard
@@ -161,7 +162,10 @@ class Experiment:
         self.adversary = make(perturb.Adversary, c.adversary, "adversary") if c.adversary else None
         if self.adversary:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
-        self.evals = {name: build(EVALS, spec, f"evals.{name}") for name, spec in c.evals.items()}
+        objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}
+        self.evals = {
+            name: build(EVALS, spec, f"evals.{name}").trained_on(objectives) for name, spec in c.evals.items()
+        }
         watched = self.early.metric.split("/")[0]
         if self.early.metric and watched not in self.evals:
             raise UserError(

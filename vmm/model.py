@@ -31,14 +31,22 @@ from vmm.types import TOLD, Batch, Mask, Outputs, Patches, Tokens
 class Trunk(nn.Module):
     """Encoders and fusion. encoders: modality → spec of ENCODERS. fusion: spec of FUSIONS.
 
+    apart: modalities that are encoded and not fused, "text" of a model whose fused video and sound are to be compared with
+    texts that they have not seen; Outputs.fused has none of them.
     dtype: what activations are computed in; parameters are float32 always.
     """
 
     encoders: Mapping
     fusion: Mapping
+    apart: tuple[str, ...] = ()
     dtype: str = "float32"
 
     def setup(self):
+        unknown = [name for name in self.apart if name not in self.encoders]
+        if unknown or not set(self.encoders) - set(self.apart):
+            raise UserError(
+                f"trunk.apart: some of {sorted(self.encoders)} that leave others to be fused, got {list(self.apart)}"
+            )
         self.encoder = {
             name: build(ENCODERS, spec, f"trunk.encoders.{name}", dtype=self.dtype)
             for name, spec in self.encoders.items()
@@ -59,13 +67,17 @@ class Trunk(nn.Module):
         # What is not there is zero from here on, whatever the encoder made of it.
         return tokens._replace(x=jnp.where(tokens.valid[..., None], tokens.x, 0))
 
+    def fused(self, encoded: Mapping) -> dict:
+        """Fuses encoded streams: those that do not stay apart."""
+        return self.fuse({name: tokens for name, tokens in encoded.items() if name not in self.apart})
+
     def __call__(self, patches: Mapping, masks: Mapping) -> Outputs:
         """Encodes and fuses the shown tokens. masks: modality → Mask, for those partly hidden."""
         encoded = {name: self.encode(name, patches[name], masks.get(name)) for name in self.encoder}
         # What was sown for who asks for the collection (a teacher's views); else there is nothing.
         sown = {name: encoder.variables.get("layers", {}) for name, encoder in self.encoder.items()}
         layers = {name: layers_of(tree) for name, tree in sown.items()}
-        return Outputs(encoded, self.fuse(encoded), dict(patches), dict(masks), layers)
+        return Outputs(encoded, self.fused(encoded), dict(patches), dict(masks), layers)
 
     def whole(self, inputs: Mapping, present: Mapping) -> Outputs:
         """Encodes and fuses every token of a batch's inputs."""
@@ -224,7 +236,7 @@ class Recipe(nn.Module):
         masks |= {name: pairing.take(masks[name], index, among)} if name in masks else {}
         encoded = encoded | {name: pairing.take(encoded[name], index, among)}
         swapped = found & there[name] & others
-        return Outputs(encoded, self.model.fuse(encoded), patches, masks, target=outputs, swapped=swapped)
+        return Outputs(encoded, self.model.fused(encoded), patches, masks, target=outputs, swapped=swapped)
 
     def look(self, batch: Batch, keys: Array, teacher: bool) -> dict:
         """Returns view → Outputs for the views that objectives read and that are (not) the running average's.
@@ -265,7 +277,7 @@ class Recipe(nn.Module):
             for name, x in own.items():
                 encoded[name] = encoded[name]._replace(x=encoded[name].x + x.astype(encoded[name].x.dtype))
             with regularise.dropping(keys, view):
-                result[view] = seen[view]._replace(encoded=encoded, fused=self.model.fuse(encoded))
+                result[view] = seen[view]._replace(encoded=encoded, fused=self.model.fused(encoded))
         return result
 
     def head(self, name: str, seen: Mapping, batch: Batch, keys: Array | None = None) -> dict:
@@ -335,6 +347,7 @@ class Recipe(nn.Module):
         if view is None:
             for name in outputs.encoded:
                 result[f"encoded/{name}"] = pool(outputs.encoded[name])
+            for name in outputs.fused:
                 result[f"fused/{name}"] = pool(outputs.fused[name])
         return result
 

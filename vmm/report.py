@@ -31,6 +31,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
 td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; } td:first-child, th:first-child { text-align: left; }
 svg, img { max-width: 100%; height: auto; } .clip { margin: 1.2em 0; } .clip img { display: block; width: 100%; image-rendering: pixelated; }
+td .note { font-size: 85%; white-space: nowrap; }
 .right { color: #186a3b; font-weight: 600; } .note { color: #666; }
 """
 _CLIPS = 6  # shown in the report
@@ -119,7 +120,7 @@ def _losses(metrics: list[dict]) -> str:
         "goodput",
     }
     total = ["loss", *(name for name in names if name not in skip)]
-    other = ("scale", "accuracy", "balance", "psnr", "psnr_blend")
+    other = ("scale", "accuracy", "balance", "found", "psnr", "psnr_blend")
     fine = [k for k in metrics[-1] if "/" in k and not k.startswith("health/") and not k.endswith(other)]
     figure, axes = plt.subplots(1, 2 if fine else 1, figsize=(10, 3.4), squeeze=False)
     for axis, keys in zip(axes[0], (total, fine)):
@@ -128,7 +129,9 @@ def _losses(metrics: list[dict]) -> str:
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key, linewidth=1.2)
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
-        axis.set_ylim(bottom=0)
+        # The first steps of an untrained model may be far above all that follows.
+        rest = [row[key] for row in metrics[len(metrics) // 20 :] for key in keys if row.get(key) is not None]
+        axis.set_ylim(0, 1.05 * max(rest) if rest and max(rest) > 0 else None)
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
@@ -213,17 +216,17 @@ def _calibration(suite: dict) -> str:
 def _grid_table(name: str, values: dict, ends: dict) -> str:
     mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
     rows, columns, cells, notes = grid(mine)
+    texts = {
+        (row, column): f"<td>{show(column, cells.get((row, column)))} "
+        f"<span class='note'>{show_interval(column, ends.get(f'{name}/{row}/{column}'))}</span></td>"
+        for row in rows
+        for column in columns
+    }
+    if len(columns) > len(rows):  # the longer side runs down: a page is narrow
+        rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
     lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>"]
     for row in rows:
-        lines.append(
-            f"<tr><td>{html.escape(row)}</td>"
-            + "".join(
-                f"<td>{show(c, cells.get((row, c)))} "
-                f"<span class='note'>{show_interval(c, ends.get(f'{name}/{row}/{c}'))}</span></td>"
-                for c in columns
-            )
-            + "</tr>"
-        )
+        lines.append(f"<tr><td>{html.escape(row)}</td>" + "".join(texts[row, column] for column in columns) + "</tr>")
     caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())
     return f'<table>{"".join(lines)}</table><p class="note">{html.escape(caption)}</p>'
 
@@ -232,6 +235,7 @@ def _similarity(run: Run, name: str) -> list[str]:
     """The similarity matrix of videos and captions, and some clips with their nearest captions."""
     evaluator = run.experiment.evals[name]
     predict = Predict(run.experiment, weights(run.state), run.mesh)
+    predict.asked = {"VAT"}  # what the evaluators ask for besides is not drawn here
     rows = predict(evaluator.data, "VAT")
     keys = [f"{evaluator.objective}/{stream}" for stream in ("video", "audio", "text")]
     if keys[2] not in rows or (keys[0] not in rows and keys[1] not in rows):

@@ -13,6 +13,7 @@ from vmm.paths import to_path
 from vmm.sharding import MeshShape, make_mesh
 from vmm.training.checkpoint import Checkpoints
 from vmm.training.early import Watch
+from vmm.training.runtime import use_compilation_cache
 from vmm.training.step import State
 
 
@@ -36,6 +37,7 @@ def open_run(workdir: str | Path, alone: bool = False) -> Run:
       UserError: no run in the workdir, or nothing saved yet.
     """
     workdir = to_path(workdir)
+    use_compilation_cache()  # evaluation, publishing and report share what they compile
     if not (workdir / "config.json").is_file():
         raise UserError(f"run {workdir}: holds no config.json; give the workdir of a `vmm train`")
     config = load_config(str(workdir / "config.json"))

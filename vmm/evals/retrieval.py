@@ -1,7 +1,7 @@
 """Retrieval among clips, in every direction, from the embeddings of a contrastive objective."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,15 +66,27 @@ def table(queries: np.ndarray, keys: np.ndarray) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(Measuring):
-    """Text ↔ video ↔ audio retrieval, every subset of streams against every other stream.
+    """Text ↔ video ↔ audio retrieval, every subset of streams against every other stream that it was trained with.
 
     data: manifest. objective: name of the contrastive objective in the config.
+    pairs: pairs of streams that are compared; a query of several streams needs all of them. (): those that the objective was
+    trained on, which the experiment puts here: of others the embeddings say nothing, and their numbers are chance.
     Clips that lack any of the embedded streams are left out, so that all directions are over the
     same candidates. A query of several streams is the sum of their unit embeddings.
     """
 
     data: str
     objective: str = "contrast"
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def trained_on(self, objectives: Mapping[str, Any]) -> "Retrieval":
+        """Returns the evaluator with the pairs of its objective, where it names none."""
+        pairs = getattr(objectives.get(self.objective), "pairs", ())
+        return self if self.pairs else dataclasses.replace(self, pairs=tuple(map(tuple, pairs)))
+
+    def _compared(self, query: tuple[str, ...], target: str) -> bool:
+        known = {frozenset(pair) for pair in self.pairs}
+        return not known or all(frozenset((name, target)) in known for name in query)
 
     def measure(self, predict: Callable, prepared: Any) -> Measured:
         """Returns the scores under "V→T" and so on."""
@@ -93,7 +105,7 @@ class Retrieval(Measuring):
                 continue
             query = np.sum([embedding[name] for name in modalities], axis=0)
             for target in names:
-                if target not in modalities:
+                if target not in modalities and self._compared(modalities, target):
                     direction = f"{letters}→{target[0].upper()}"
                     scored.append(score(direction, self.data, letters, rows["row"][complete], query, embedding[target]))
         return Measured(scored, {"clips": float(complete.sum()), "chance/R@1": 1.0 / complete.sum()})

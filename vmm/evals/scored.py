@@ -102,6 +102,10 @@ class Measuring:
 
     asks = False
 
+    def trained_on(self, objectives: Mapping[str, Any]) -> "Measuring":
+        """Returns the evaluator as it is for a model trained on these objectives (name → objective): itself by default."""
+        return self
+
     def prepare(self, predict: Callable) -> Any:
         """Returns what `measure` needs besides; nothing by default."""
         return None

@@ -28,6 +28,7 @@ from vmm.objectives.matching import Matching
 from vmm.objectives.moments import Moments
 from vmm.objectives.pixels import Pixels
 from vmm.objectives.regress import Regress
+from vmm.objectives.words import Words
 
 OBJECTIVES = {
     "contrastive": Contrastive,
@@ -43,4 +44,5 @@ OBJECTIVES = {
     "regress": Regress,
     "identify": Identify,
     "localise": Localise,
+    "words": Words,
 }

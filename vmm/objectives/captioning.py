@@ -21,8 +21,8 @@ class Captioning(nn.Module):
 
     The text is that of the stream of text, or, with `writes`, a target of the batch: an answer, say, to the question that
     is the stream of text, or subtitles. The stream's own text is taken from the batch, not from the trunk, and must not
-    come in with the streams: they are read as encoded, before any fusion. stage "fused" asks for a view that hides
-    all of it (a mask of ratio 1): then no other stream can have seen it. A target is in no stream, so that context may be all
+    come in with the streams: they are read as encoded, before any fusion. stage "fused" asks for a trunk that keeps it apart, or a
+    view that hides all of it (a mask of ratio 1): then no other stream can have seen it. A target is in no stream, so that context may be all
     of them, encoded or fused.
 
     view, weight: see Recipe. text: the modality that is written. writes: name of data.targets of kind text or subtitles that
@@ -76,10 +76,10 @@ class Captioning(nn.Module):
         if not outputs.patches[self.text].classes:
             raise UserError(f"captioning.text: {self.text!r} is no stream of token ids")
         mask = outputs.masks.get(self.text)
-        if self.stage == "fused" and (mask is None or mask.keep.shape[1]):
+        if self.stage == "fused" and self.text in outputs.fused and (mask is None or mask.keep.shape[1]):
             raise UserError(
-                f"captioning.stage: fused streams have seen the text that the view {self.view!r} shows; give "
-                f"views.{self.view}.{self.text} a mask of ratio 1, or read the encoded streams"
+                f"captioning.stage: fused streams have seen the text that the view {self.view!r} shows; set "
+                f"trunk.apart=({self.text!r},), give views.{self.view}.{self.text} a mask of ratio 1, or read the encoded streams"
             )
 
     def _text(self, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:

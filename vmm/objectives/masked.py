@@ -128,6 +128,9 @@ class Masked(nn.Module):
                     f"masked: the view {self.view!r} hides nothing of {name!r} (it hides {sorted(outputs.masks)}); "
                     f"give views.{self.view}.{name} a mask or take {name!r} out of `modalities`"
                 )
+        apart = [name for name in self.modalities if name not in outputs.fused]
+        if apart:
+            raise UserError(f"masked: {apart} stay out of the fusion (trunk.apart); take them out of `modalities`")
         for name in self.context:
             if name not in outputs.fused:
                 raise UserError(f"masked: context names {name!r}, but the trunk has {sorted(outputs.fused)}")
