@@ -6,6 +6,7 @@ is not finite; 5 a result could not be written; 6 a step did not end; 7 devices 
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -288,6 +289,8 @@ def _publish(args) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     began = time.time()
+    # Tracing makes millions of objects and hardly a cycle: by Python's default (700) to look for cycles is a quarter of it.
+    gc.set_threshold(100_000, 10, 10)
     args, rest = _parser().parse_known_args(arguments)
     args.began = began
     if rest:
