@@ -1,5 +1,6 @@
 """Scaled dot-product attention, and multi-head attention made of it."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -12,6 +13,17 @@ from vmm.layers.chunks import chunked, rows_of
 from vmm.layers.dense import Dense, parameter
 from vmm.layers.kernels import choose, fused
 from vmm.sharding import constrain, named
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _attend(query, key, value, valid, mask, cap: float):
+    logits = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(query.shape[-1])
+    if cap:
+        logits = cap * jnp.tanh(logits / cap)
+    allowed = valid[:, None, None, :] if mask is None else valid[:, None, None, :] & mask
+    weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1) * allowed.any(-1, keepdims=True)
+    return jnp.einsum("baqk,bkad->bqad", weights.astype(value.dtype), value)
 
 
 def attention(
@@ -37,13 +49,7 @@ def attention(
         return fused(kind, query, key, value, valid)
     if kind == "chunked":
         return chunked(query, key, value, valid, mask, cap, rows_of(query.shape[1], key.shape[1]))
-    logits = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)
-    logits = logits / math.sqrt(query.shape[-1])
-    if cap:
-        logits = cap * jnp.tanh(logits / cap)
-    allowed = valid[:, None, None, :] if mask is None else valid[:, None, None, :] & mask
-    weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1) * allowed.any(-1, keepdims=True)
-    return jnp.einsum("baqk,bkad->bqad", weights.astype(value.dtype), value)
+    return _attend(query, key, value, valid, mask, cap)
 
 
 def rotate(x: Float[Array, "B N A d"], table: tuple) -> Float[Array, "B N A d"]:

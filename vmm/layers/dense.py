@@ -4,6 +4,7 @@ A layer computes in the dtype of what it is given: parameters stay float32 and a
 that mixed precision is one cast at a model's entrance. Norms run in float32.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -62,6 +63,18 @@ def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Arr
     return value
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _linear(x, kernel, bias, inputs: int, one_cpu: bool):
+    if one_cpu:
+        before, (shape, features) = x.shape[: x.ndim - inputs], (kernel.shape[:inputs], kernel.shape[inputs:])
+        inside, after = math.prod(shape), math.prod(features)
+        y = _product(x.reshape(math.prod(before), inside), kernel.reshape(inside, after))
+        y = y.reshape(*before, *features)
+    else:
+        y = jnp.tensordot(x, kernel, axes=inputs)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
 class Dense(nn.Module):
     """Linear map over the last `inputs` axes: [... in] → [... out].
 
@@ -89,16 +102,19 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", named(init, self.axes), (*shape, *self.features))
         # Held to how it is stored: it is gathered in the type it is used in, and its gradient scattered as it is summed.
         kernel = constrain(kernel.astype(x.dtype), *self.axes)
-        if on_one_cpu():
-            before, inside, after = x.shape[: x.ndim - self.inputs], math.prod(shape), math.prod(self.features)
-            y = _product(x.reshape(math.prod(before), inside), kernel.reshape(inside, after))
-            y = y.reshape(*before, *self.features)
-        else:
-            y = jnp.tensordot(x, kernel, axes=self.inputs)
+        bias = None
         if self.bias:
             zeros = named(nn.initializers.zeros, self.axes[self.inputs :])
-            y = y + parameter(self, "bias", zeros, self.features).astype(x.dtype)
-        return y
+            bias = parameter(self, "bias", zeros, self.features)
+        return _linear(x, kernel, bias, self.inputs, on_one_cpu())
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _normalize(x, scale, bias, epsilon: float):
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
+    return (y * scale + bias).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -110,10 +126,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = parameter(self, "scale", named(nn.initializers.ones, ("embed",)), x.shape[-1:])
         bias = parameter(self, "bias", named(nn.initializers.zeros, ("embed",)), x.shape[-1:])
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        return _normalize(x, scale, bias, self.epsilon)
 
 
 class Embed(nn.Module):
