@@ -88,7 +88,9 @@ def test_both_ways_decode_the_same_window(samples):
         another = np.abs(np.roll(ours.video, 1, 0).astype(int) - plain.video).mean((1, 2, 3))
         assert (apart < 0.6 * another).all(), (sample.name, apart, another)
         assert ours.audio.shape == plain.audio.shape
-        assert np.corrcoef(ours.audio, plain.audio)[0, 1] > 0.98, sample.name
+        # WebM tells times in milliseconds: the plain loop is as much late.
+        lags = [np.corrcoef(ours.audio[:-16], np.roll(plain.audio, -lag)[:-16])[0, 1] for lag in range(17)]
+        assert max(lags) > 0.98, (sample.name, lags)
 
 
 def test_files_are_made_once(scratch, samples):

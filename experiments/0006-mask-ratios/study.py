@@ -5,9 +5,16 @@ RATIOS = (0.3, 0.5, 0.75, 0.9)
 
 def get_study(quick: bool) -> dict:
     length = ("steps=300", "optim.warmup=30", "log_every=25", "save_every=100") if quick else ()
+    # The demo's streams in small tubelets, and of its objectives the masked one alone, of both.
+    alone = (
+        "trunk.encoders.video.tubelet=(8, 8, 8)",
+        *(f"objectives.{name}.weight=0.0" for name in ("contrast", "words", "together")),
+        "objectives.masked.modalities=('video', 'audio')",
+    )
     variants = {
         f"video {video}, audio {audio}": (
-            "objectives.contrast.weight=0.0",
+            *alone,
+            "views.masked.video.kind=tube",
             f"views.masked.video.ratio={video}",
             f"views.masked.audio.ratio={audio}",
             *length,

@@ -6,8 +6,20 @@ MIXES = ((1.0, 0.0), (1.0, 0.25), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))
 
 def get_study(quick: bool) -> dict:
     length = ("steps=300", "optim.warmup=30", "log_every=25", "save_every=100") if quick else ()
+    # Of the demo's objectives these two alone, on streams in small tubelets.
+    alone = (
+        "trunk.encoders.video.tubelet=(8, 8, 8)",
+        *(f"objectives.{name}.weight=0.0" for name in ("words", "together")),
+        "objectives.masked.modalities=('video', 'audio')",
+        "views.masked.video.kind=tube",
+        "views.masked.video.ratio=0.75",
+        "views.masked.audio.ratio=0.6",
+        "views.clean={}",
+        "objectives.contrast.view=clean",
+    )
     variants = {
         f"contrast {contrast:g}, masked {masked:g}": (
+            *alone,
             f"objectives.contrast.weight={contrast}",
             f"objectives.masked.weight={masked}",
             *length,
