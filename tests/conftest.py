@@ -33,7 +33,7 @@ import pytest  # noqa: E402
 from support.server import server  # noqa: E402
 
 # Tracing makes many small objects that live long: looking through them all the time took a tenth of the tests' time.
-gc.set_threshold(200_000, 20, 50)
+gc.set_threshold(200_000, 50, 100)
 
 pytest_plugins = ["support.budget", "support.selection"]
 pytest.register_assert_rewrite("families")
@@ -52,6 +52,11 @@ SLOW = [
     "test_encoders.py",
     "test_loader.py",
 ]
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now stays
 
 
 def pytest_collection_modifyitems(items):

@@ -26,7 +26,7 @@ def test_the_loss_is_that_of_the_words_by_hand():
     value, metrics = module.apply({"params": params}, outputs, batch)
     patches, errors, found = outputs.patches["text"], [], []
     for i in range(ROWS):
-        logits = np.zeros(PATCHES["text"][2])
+        logits = np.full(PATCHES["text"][2], -np.log(PATCHES["text"][2]))
         for name in ("video", "audio"):
             tokens = outputs.fused[name]
             if SOME[name][i]:
@@ -50,9 +50,8 @@ def test_padding_is_no_word_and_repeats_count_once():
     params["video_words"]["bias"] = params["video_words"]["bias"].at[jnp.array([3, 4])].set(50.0).at[0].set(-50.0)
     outputs = outputs._replace(patches=outputs.patches | {"text": text._replace(values=ids, valid=valid)})
     value, metrics = module.apply({"params": params}, outputs, batch)
-    np.testing.assert_allclose(
-        float(value), (PATCHES["text"][2] - 3) * np.log(2), rtol=1e-5
-    )  # those of which it knows nothing
+    count = PATCHES["text"][2]  # of all but three it knows only that most words are in no caption
+    np.testing.assert_allclose(float(value), (count - 3) * np.log1p(1 / count), rtol=1e-5)
     assert float(metrics["found"]) == 1.0
 
 

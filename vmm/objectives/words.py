@@ -1,5 +1,7 @@
 """Words: which tokens does the caption hold? A caption as labels (Joulin et al. 2016; SuperClass, Huang et al. 2024)."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,8 +15,10 @@ from vmm.types import Batch, Outputs
 class Words(nn.Module):
     """Each entry of the vocabulary is a question: is it in the clip's caption, in whatever place?
 
-        mean_i Σ_v BCE(z_iv, [v ∈ caption_i]),  z the sum over a sample's streams of a linear head of each
+        mean_i Σ_v BCE(z_iv, [v ∈ caption_i]),  z the sum over a sample's streams of a linear head of each, less log V
 
+    Without the log of the vocabulary's size V the first steps would only learn that most words are in no caption (the prior
+    of RetinaNet, Lin et al. 2017, sec. 4.1).
     So the pooled streams must hold what the caption tells, and hold it where a linear map finds it: a word that only sight
     and sound together decide is learned by their fusion, or not at all. There is no decoder that could work it out.
 
@@ -50,7 +54,8 @@ class Words(nn.Module):
 
     @nn.compact
     def _logits(self, outputs: Outputs) -> Float[Array, "B V"]:
-        classes, total = outputs.patches[self.text].classes, 0.0
+        classes = outputs.patches[self.text].classes
+        total = -math.log(classes)
         for name in self.streams:
             tokens = getattr(outputs, self.stage)[name]
             there = tokens.valid.any(1, keepdims=True)
