@@ -28,6 +28,7 @@ from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.objectives import OBJECTIVES
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
+from vmm.sizes import check_numbers
 from vmm.training.early import Early
 from vmm.training.guard import Guard, check_guard
 from vmm.training.optim import Optim, trainable
@@ -138,6 +139,7 @@ class Experiment:
     def __init__(self, config: Mapping):
         """Raises UserError for any key, kind or value that is wrong, before anything is done."""
         self.config = c = make(Config, config, "config")
+        check_numbers(config, "config")
         for name in ("steps", "batch", "save_every", "log_every", "keep"):
             if getattr(c, name) < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {getattr(c, name)}")

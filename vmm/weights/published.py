@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from vmm.build import write_text
 from vmm.errors import UserError, one_of
+from vmm.sizes import check_claims
 from vmm.weights.families import FAMILIES, videoprism
 from vmm.weights.layout import load, save
 from vmm.weights.tensors import load_tensors
@@ -122,6 +123,7 @@ def read_published(folder: str | Path) -> Imported:
     parts = family.parts(theirs)
     try:
         model = family.describe(config, parts)
+        check_claims(model, [value.shape for value in theirs.values()], (), str(folder / "config.json"))
         rules = family.rules(config, parts)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: has no {error}, which {kind} needs") from None
