@@ -162,6 +162,8 @@ class Experiment:
         check_guard(self.guard)
         self.early = make(Early, c.early, "early")
         self.adversary = make(perturb.Adversary, c.adversary, "adversary") if c.adversary else None
+        if not isinstance(c.trunk.get("encoders", {}), Mapping):
+            raise UserError(f"trunk.encoders: expected modality → encoder, got {c.trunk['encoders']!r}")
         if self.adversary:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}

@@ -26,6 +26,7 @@ from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
+from vmm.foreign import parse_json
 
 FORMAT = 1
 _SAMPLE = 200  # clips of which the graph's answers are compared with the exact ones
@@ -45,10 +46,10 @@ class Similar:
         """Raises UserError: no index in the folder, or not whole."""
         self.folder = Path(folder)
         try:
-            self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            self.about = parse_json((self.folder / "index.json").read_text(encoding="utf-8"))
             # Not splitlines(): a caption may hold U+2028.
             self.items = [
-                json.loads(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
+                parse_json(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
             ]
             self.vectors = load_file(self.folder / "vectors.safetensors")["vectors"]
             self.graph = Index.restore(str(self.folder / "graph.usearch"))

@@ -13,7 +13,8 @@ from vmm.errors import UserError
 _LAYERS = ("depth", "layers", "temporal_depth")
 _AXES = ("width", "heads", "vocabulary", "classes", "rank", "latents", "bottlenecks", "registers", "prototypes",
          "participants", "bins")  # fmt: skip
-_POSITIVE = ("width", "heads", "bins", "rank")
+_POSITIVE = ("width", "heads", "bins", "rank", "tubelet", "patch", "hop")
+_WHOLE, _REAL, _DEEPEST = 2**53, 3e38, 10_000  # whole numbers of any machine; float32; layers that anybody trains
 _SMALL, _SHALLOW, _OTHER = 1024, 48, 2**20  # what costs nothing, and is told of no one
 _TABLE = 2**29  # numbers in a table that is made while a model is built: 2 GiB
 
@@ -40,12 +41,18 @@ def _short(value: int | float) -> str:
 
 
 def check_numbers(spec, where: str) -> None:
-    """Raises UserError: a number of a config that is not finite, or beyond 64 bits, or a size below 1."""
+    """Raises UserError: a number of a config that is not finite, or beyond what machines hold, or a size below 1."""
     for place, key, value in _numbers(spec, where):
-        if isinstance(value, int) and value.bit_length() > 64:
+        if isinstance(value, int) and abs(value) > _WHOLE:
             raise UserError(f"{place}: {_short(value)} is too large")
         if not math.isfinite(value):
             raise UserError(f"{place}: must be finite, got {value}")
+        if abs(value) > _REAL:
+            raise UserError(f"{place}: {value} is beyond float32")
+        if key in _LAYERS and value > _DEEPEST:
+            raise UserError(f"{place}: {value} layers; at most {_DEEPEST:,}")
+        if key in _AXES and value >= 2**31:
+            raise UserError(f"{place}: {value}; an axis has fewer than 2³¹ places")
         least = 1 if key in _POSITIVE else 0 if key in _LAYERS + _AXES else None
         if least is not None and value < least:
             raise UserError(f"{place}: must be at least {least}, got {value}")

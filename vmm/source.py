@@ -135,7 +135,14 @@ def _run(folder: Path) -> Source:
 def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
     """Returns the published part of a config, within a config that trains nothing."""
     data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, **source.asked}
-    return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt})
+    config = {"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt}
+    try:
+        return Experiment(config)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the config is data of whoever published it: what it breaks is its own
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"config.json: its model cannot be built ({type(error).__name__}: {line[:200]})") from error
 
 
 def _paths(init_from: str | Mapping[str, str]) -> dict[str | None, str]:

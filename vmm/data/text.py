@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<s>", "</s>"  # ids 0, 1, 2, 3 of ours
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of ours
@@ -129,7 +130,7 @@ def _padding(tokenizer: Tokenizer, path: Path) -> str:
     names, beside = list(_PADDINGS), path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            told = json.loads(beside.read_text(encoding="utf-8")).get("pad_token")
+            told = parse_json(beside.read_text(encoding="utf-8")).get("pad_token")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{beside}: not a tokenizer_config.json ({error})") from None
         names.insert(0, told.get("content") if isinstance(told, dict) else told)

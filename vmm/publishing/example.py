@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from vmm.data.samples import Clip
 from vmm.errors import UserError
+from vmm.foreign import parse_json
 
 CLIP, RECORD = "example.mp4", "example.safetensors"
 TEXT = "a bright square moves to the right over a rising tone"
@@ -112,7 +113,7 @@ def read_record(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise UserError(f"{folder}: holds no {RECORD}, so there is nothing to compare with; publish it again")
     try:
         with safe_open(str(path), "np") as file:
-            digests = json.loads((file.metadata() or {})["files"])
+            digests = parse_json((file.metadata() or {})["files"])
         return load_file(str(path)), {str(name): str(value) for name, value in digests.items()}
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not the record of an example ({error!r}); publish the folder again") from None

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from vmm.build import write_text
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 from vmm.sizes import check_claims
 from vmm.weights.families import FAMILIES, videoprism
 from vmm.weights.layout import load, save
@@ -36,7 +37,7 @@ def read_config(folder: Path) -> dict:
     """Reads a folder's config.json. Raises UserError: there is none, or it is not JSON of an object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
             f"{folder}: holds no model published by vmm or in a known family's layout (no config.json)"
@@ -60,7 +61,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [
+                folder / Path(name).name
+                for name in sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            ]
         elif len(arrays) == 1:
             with np.load(arrays[0], allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -84,7 +88,7 @@ def read_pixels(path: Path) -> dict:
     Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
         if "image_mean" not in told or not told.get("do_normalize", True):
             return {}
         scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
