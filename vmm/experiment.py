@@ -48,6 +48,7 @@ _FREE = (
     "step_timeout",
     "early",
     "card",
+    "other_data",
 )
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
@@ -75,7 +76,8 @@ class Config:
     ordered (regex, adapter) over parameter paths, see adapters. With any, only adapters and the objectives' heads are
     trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is. card: see Card.
     early: fields of training.early.Early: when the run ends before its last step. adversary: fields of perturb.Adversary:
-    the loss under small changes too; none: without.
+    the loss under small changes too; none: without. other_data: whether a run may go on though its training clips, or
+    their order, are not those of its checkpoint.
     """
 
     steps: int
@@ -103,6 +105,7 @@ class Config:
     card: Mapping = dataclasses.field(default_factory=dict)
     early: Mapping = dataclasses.field(default_factory=dict)
     adversary: Mapping = dataclasses.field(default_factory=dict)
+    other_data: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

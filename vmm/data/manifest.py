@@ -15,7 +15,9 @@ read; `media` and `source`, what is known of the clip and of the file that it wa
 
 import errno
 import hashlib
+import json
 import math
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -303,6 +305,27 @@ def _events(events, where: str) -> tuple[Event, ...] | None:
             Event(start, end, label, tuple(box) if box else None, None if participants is None else tuple(participants))
         )
     return tuple(result)
+
+
+def identity(rows: Sequence[Row]) -> dict:
+    """Returns what tells a run's clips from others, whatever folder they lie in: {"clips", "ordered", "sorted"}.
+
+    A row counts by its id, its span and, where told, the SHA-256 of its bytes; ordered, sorted: SHA-256 over the rows.
+    """
+    told = [
+        json.dumps([row.id, float(row.start or 0), row.end and float(row.end), row.sha256]).encode() for row in rows
+    ]
+    ordered, unordered = (hashlib.sha256(b"\n".join(lines)).hexdigest() for lines in (told, sorted(told)))
+    return {"clips": len(rows), "ordered": ordered, "sorted": unordered}
+
+
+def changes(then: Mapping, now: Mapping) -> str:
+    """Returns in words how one identity differs from an earlier one; "" where it does not, or nothing is known."""
+    if not then or then == now:
+        return ""
+    if then.get("clips") != now["clips"]:
+        return f"{now['clips']} clips, {then.get('clips')} then"
+    return "the same clips in another order" if then.get("sorted") == now["sorted"] else "as many, but other clips"
 
 
 def manifest_digest(path: str | Path) -> str:
