@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from usearch.index import Index
 
 import vmm
@@ -30,6 +30,7 @@ from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
 from vmm.foreign import parse_json
+from vmm.weights.tensors import save_arrays
 
 FORMAT = 1
 _GRAPH = "graph.usearch"
@@ -195,7 +196,7 @@ def write_index(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": vectors}, folder / "vectors.safetensors")
+        save_arrays({"vectors": vectors}, folder / "vectors.safetensors")
         _graph_of(vectors).save(str(folder / _GRAPH))
         note = _note(folder / _GRAPH)
         with contextlib.suppress(OSError):  # without a home the graph is made anew each time

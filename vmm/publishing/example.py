@@ -12,11 +12,12 @@ from typing import NamedTuple
 import av
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from vmm.data.samples import Clip
 from vmm.errors import UserError
 from vmm.foreign import parse_json
+from vmm.weights.tensors import save_arrays
 
 CLIP, RECORD = "example.mp4", "example.safetensors"
 TEXT = "a bright square moves to the right over a rising tone"
@@ -128,7 +129,7 @@ def write_record(folder: Path, embeddings: Mapping[str, np.ndarray], names: tupl
     """Writes what the example gave, and the SHA-256 of the folder's files. embeddings: modality → [1 E]."""
     digests = {name: sha256(folder / name) for name in names}
     values = {name: np.ascontiguousarray(value) for name, value in embeddings.items()}
-    save_file(values, str(folder / RECORD), metadata={"format": "np", "files": json.dumps(digests)})
+    save_arrays(values, folder / RECORD, {"format": "np", "files": json.dumps(digests)})
 
 
 def read_record(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

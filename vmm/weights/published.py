@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from vmm.build import write_text
 from vmm.errors import UserError, one_of
@@ -14,7 +13,7 @@ from vmm.foreign import parse_json
 from vmm.sizes import check_claims
 from vmm.weights.families import FAMILIES, videoprism
 from vmm.weights.layout import load, save
-from vmm.weights.tensors import load_tensors
+from vmm.weights.tensors import load_tensors, save_arrays
 
 _PIXELS = "preprocessor_config.json"
 
@@ -154,7 +153,7 @@ def write_published(folder: str | Path, family: str, model: Mapping, tensors: Ma
         raise UserError(f"export to {family}: the model is not of this family ({error!r})") from None
     theirs = save(module.rules(config, parts), tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_arrays(theirs, folder / "model.safetensors", {"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     encoder = model["trunk"]["encoders"].get("video", {})
     if "mean" in encoder:
