@@ -19,7 +19,7 @@ from vmm.evaluate import Predict, evaluate
 from vmm.experiment import Card, Experiment
 from vmm.publish import FILES, publish
 from vmm.publishing import check as checking
-from vmm.publishing.card import model_card
+from vmm.publishing.card import model_card, public
 from vmm.publishing.check import check
 from vmm.publishing.cost import describe, watts_of
 from vmm.publishing.example import asked_of
@@ -204,6 +204,14 @@ def test_other_outputs_are_told(folder, monkeypatch):
     monkeypatch.setattr(checking, "embed_as", lambda *_: {"video": recorded["video"]})
     with pytest.raises(UserError, match=r"gives \['video'\], at publishing it gave"):
         check(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("/srv/someone/data/train.jsonl", "data/train.jsonl"), ("data/a.jsonl", "data/a.jsonl"), ("gs://b/c", "gs://b/c")],
+)
+def test_a_card_names_no_folder_of_a_user(path, told):
+    assert public(path) == told
 
 
 SAID = 'import vmm\n\nmodel = vmm.load(".")\nembeddings = model.embed(text="a", video="example.mp4")\n'
