@@ -48,7 +48,7 @@ def changed(path: str, value) -> dict:
         ("model.trunk.encoders.video.depth", 9000, "video.depth: 9000 layers, but the weights .* are 1 tensors"),
         ("model.trunk.fusion.depth", 10**6, "fusion.depth: 1000000 layers; at most 10,000"),
         ("model.trunk.encoders.video.heads", 0, "video.heads: must be at least 1, got 0"),
-        ("model.trunk.encoders.video.width", -16, "video.width: must be at least 1, got -16"),
+        ("model.trunk.encoders.video.width", -16, "video.width: must be at least 0, got -16"),
         ("model.trunk.encoders.video.tubelet", [2, 10**9, 16], r"tubelet\[1\]: 1000000000 is larger than anything"),
         ("model.objectives.match.width", 10**400, "a number of 401 digits, beyond 64 bits"),
         ("model.trunk.encoders.video.ratio", float("nan"), "video.ratio: must be finite, got nan"),

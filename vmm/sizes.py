@@ -13,7 +13,7 @@ from vmm.errors import UserError
 _LAYERS = ("depth", "layers", "temporal_depth")
 _AXES = ("width", "heads", "vocabulary", "classes", "rank", "latents", "bottlenecks", "registers", "prototypes",
          "participants", "bins")  # fmt: skip
-_POSITIVE = ("width", "heads", "bins", "rank", "tubelet", "patch", "hop")
+_POSITIVE = ("heads", "bins", "rank", "tubelet", "patch", "hop")
 _WHOLE, _REAL, _DEEPEST = 2**53, 3e38, 10_000  # whole numbers of any machine; float32; layers that anybody trains
 _SMALL, _SHALLOW, _OTHER = 1024, 48, 2**20  # what costs nothing, and is told of no one
 _TABLE = 2**29  # numbers in a table that is made while a model is built: 2 GiB
