@@ -1,6 +1,7 @@
 """`vmm convert` there and back, warm starts, and weights resampled into other shapes."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -284,3 +285,13 @@ def test_the_processor_says_what_pixels_are_divided_by(published, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(told | dict(rescale_factor=1 / 127.5, offset=True)))
     encoder = read_published(folder).model["trunk"]["encoders"]["video"]
     assert encoder["mean"] == pytest.approx((191.25, 159.375, 127.5))
+
+
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_have_the_rights_of_any_new_file(mask, rights, tmp_path):
+    old = os.umask(mask)
+    try:
+        save_params({"a": {"kernel": np.ones(3, np.float32)}}, tmp_path / "model.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == rights

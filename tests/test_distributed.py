@@ -1,8 +1,10 @@
 """Two real processes over loopback: the numbers of one, checkpoints for any mesh, and an end for all of them."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -209,6 +211,26 @@ def test_stuck_process_ends_all_within_the_time_of_a_step(world_folder, tmp_path
             r"step 4 did not end within 6 s; it is stuck at vmm/training/faults.py:\d+ \(.*sleep", end.last
         )
     assert "most recent call first" in ended[1].log and "faults.py" in ended[1].log
+
+
+@pytest.mark.exhaustive("waits for half a minute")
+@pytest.mark.parametrize(("timeout", "codes"), [(60.0, [0, 0]), (6.0, [6, None])])
+def test_a_process_that_is_stopped_is_slow_until_the_time_of_a_step(world_folder, tmp_path, timeout, codes):
+    """18 s without a heartbeat: JAX's own service would abort the healthy process after 15."""
+    config = contrast_config(world_folder, steps=30, eval_every=0, save_every=100, step_timeout=timeout)
+    config = saved_config(config, tmp_path / "config.json")
+    job = Job(["-m", "vmm", "train", config, "--workdir", tmp_path / "run"], tmp_path, devices=1)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not rows.is_file() or rows.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline, job.logs[0].read_text()[-2000:]
+        time.sleep(0.02)
+    os.kill(job.processes[1].pid, signal.SIGSTOP)
+    time.sleep(18)
+    os.kill(job.processes[1].pid, signal.SIGCONT)
+    ended = job.wait(100)
+    assert ended[0].code == codes[0], ended[0].log[-2000:]
+    assert codes[1] in (None, ended[1].code), ended[1].log[-2000:]
 
 
 # ---- finding each other -------------------------------------------------------------------------------

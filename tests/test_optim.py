@@ -10,6 +10,7 @@ from test_layers import assert_trees_close, parameters
 
 from vmm.errors import UserError
 from vmm.model import Recipe, loss_function
+from vmm.rules import first_matches
 from vmm.sharding import MeshShape, Named, make_mesh, to_device
 from vmm.training.optim import Optim, ema_update, make_optimizer, match, path_of, schedule, trainable
 from vmm.training.step import make_program
@@ -54,6 +55,9 @@ def test_rules_match_whole_paths():
         ((), "no rule matches the parameter"),
         ((("encoder/.*", 0.0), (".*", 1.0)), "'encoder/.*' matches no parameter"),
         ((("(", 0.0), (".*", 1.0)), "no regular expression"),
+        ((("(?=a).*", 0.0), (".*", 1.0)), "no look-around"),
+        (((3, 0.0), (".*", 1.0)), "3 is no regular expression"),
+        ((("((a{1000}){1000}){1000}", 0.0), (".*", 1.0)), "no repetition above 1000"),
     ],
 )
 def test_bad_rules_are_errors(rules: tuple, message: str):
@@ -61,6 +65,12 @@ def test_bad_rules_are_errors(rules: tuple, message: str):
         with pytest.raises(UserError, match=message) as error:
             make_optimizer(Optim(**{field: rules}), tree(), 10)
         assert f"optim.{field}" in str(error.value)
+
+
+def test_no_pattern_of_a_published_config_takes_for_ever():
+    """A backtracking matcher needs 2 to the power of the path's length for this one."""
+    path = "/".join(["encoder_video"] * 20)
+    assert first_matches((("([a-z_0-9/]+)+!", 0), (".*", 1)), [path, "a!"], "adapt", [path]) == {path: 1, "a!": 0}
 
 
 def test_a_rule_behind_one_that_takes_all_still_matches():

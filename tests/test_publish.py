@@ -19,9 +19,10 @@ from vmm.evaluate import Predict, evaluate
 from vmm.experiment import Card, Experiment
 from vmm.publish import FILES, publish
 from vmm.publishing import check as checking
-from vmm.publishing.card import model_card
-from vmm.publishing.check import check, run_code
+from vmm.publishing.card import model_card, public
+from vmm.publishing.check import check
 from vmm.publishing.cost import describe, watts_of
+from vmm.publishing.example import asked_of
 from vmm.publishing.results import dataset_name, metric_type
 from vmm.report import report
 from vmm.run import open_run, weights
@@ -170,15 +171,11 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
         (lambda folder: (folder / "README.md").write_text("# Nothing"), "has no example"),
         (
-            lambda folder: (folder / "README.md").write_text("```python\nimport vmmm\n```\n"),
-            "README.md: its example fails .ModuleNotFoundError: No module named 'vmmm'",
-        ),
-        (
-            lambda folder: (folder / "README.md").write_text("```python\nimport vmm\n```\n"),
-            "it leaves no `embeddings`",
+            lambda folder: (folder / "README.md").write_text("```python\nopen('ran', 'w')\n```\n"),
+            "example is not the one that `vmm publish` writes",
         ),
     ],
-    ids=("weight", "tokenizer", "record", "clip", "card", "no example", "broken example", "no result"),
+    ids=("weight", "tokenizer", "record", "clip", "card", "no example", "other code"),
 )  # fmt: skip
 def test_what_was_harmed_is_one_line(folder, tmp_path, harm, message, capsys):
     shutil.copytree(folder, tmp_path / "copy")
@@ -194,7 +191,7 @@ def test_other_outputs_are_told(folder, monkeypatch):
     recorded = checking.read_record(folder)[0]
 
     def say(factor):
-        monkeypatch.setattr(checking, "run_code", lambda *_: {k: factor * v for k, v in recorded.items()})
+        monkeypatch.setattr(checking, "embed_as", lambda *_: {k: factor * v for k, v in recorded.items()})
         return check(folder)
 
     assert max(say(1.0005).values()) == pytest.approx(5e-4, rel=1e-3)
@@ -204,24 +201,60 @@ def test_other_outputs_are_told(folder, monkeypatch):
         say(1.002)
     with pytest.raises(UserError, match="gives another .* embedding"):
         say(np.nan)
-    monkeypatch.setattr(checking, "run_code", lambda *_: {"video": recorded["video"]})
+    monkeypatch.setattr(checking, "embed_as", lambda *_: {"video": recorded["video"]})
     with pytest.raises(UserError, match=r"gives \['video'\], at publishing it gave"):
         check(folder)
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("/srv/someone/data/train.jsonl", "data/train.jsonl"), ("data/a.jsonl", "data/a.jsonl"), ("gs://b/c", "gs://b/c")],
+)
+def test_a_card_names_no_folder_of_a_user(path, told):
+    assert public(path) == told
+
+
+SAID = 'import vmm\n\nmodel = vmm.load(".")\nembeddings = model.embed(text="a", video="example.mp4")\n'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('text="a"', "text=open('/etc/passwd').read()"),
+        ('"example.mp4"', "__import__('os').system('true')"),
+        ("embeddings =", "import os\nembeddings ="),
+        ("vmm.load", "vmm.publish"),
+        ("import vmm", "import os as vmm"),
+        ('load(".")', 'load("/elsewhere")'),
+        ('"example.mp4"', '"/etc/passwd"'),
+        ('text="a"', "**{'text': 'a'}"),
+        ("model = ", "model = yield "),
+    ],
+)
+def test_a_card_is_data(change, tmp_path):
+    """An example is read, not run: the three lines that are published, and nothing else in them."""
+    card = tmp_path / "README.md"
+    assert asked_of(f"# A\n```python\n{SAID}```\n", None, card) == (None, {"text": "a", "video": "example.mp4"})
+    assert change[0] in SAID
+    with pytest.raises(UserError, match="is not the one that `vmm publish` writes|is not the folder's own"):
+        asked_of(f"# A\n```python\n{SAID.replace(*change)}```\n", None, card)
+
+
+def test_a_base_of_a_card_is_replaced():
+    said = SAID.replace('"."', '".", base="path/of/its/base"')
+    assert asked_of(f"```python\n{said}```\n", None, "card").base == "path/of/its/base"
+    assert asked_of(f"```python\n{said}```\n", {"video": "x"}, "card").base == {"video": "x"}
+    with pytest.raises(UserError, match="names no base"):
+        asked_of(f"```python\n{SAID}```\n", "x", "card")
+
+
 def test_the_check_is_alone(tmp_path, monkeypatch):
-    """Nothing of where it is run, nor of the caller's Python, nor of the network is in reach."""
-    (tmp_path / "numpyy.py").write_text("here = 1\n")
+    """Nothing of the caller's Python, nor of where it is run, is in reach."""
+    (tmp_path / "numpy.py").write_text("open('ran', 'w')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    told = (
-        "'x': np.array([sys.flags.isolated, int(os.environ['HF_HUB_OFFLINE']), os.environ['JAX_PLATFORMS'] == 'cpu'])"
-    )
-    code = f"import os, sys\nimport numpy as np\nembeddings = {{{told}}}\n"
-    np.testing.assert_array_equal(run_code(tmp_path, code)["x"], [1, 1, 1])
-    with pytest.raises(UserError, match="No module named 'numpyy'"):
-        run_code(tmp_path, "import numpyy\n")
-    with pytest.raises(UserError, match="the example asks the network"):
-        run_code(tmp_path, "import socket\nsocket.create_connection(('127.0.0.1', 9))\n")
+    with pytest.raises(UserError, match="its example fails"):
+        checking.embed_as(tmp_path, asked_of(f"```python\n{SAID}```\n", None, "card"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_to_write_is_needed(run, capsys):

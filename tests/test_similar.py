@@ -1,6 +1,7 @@
 """Clips that are alike: the index of a real model, its graph beside the exact answer, and what a recommendation is worth."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,9 +80,26 @@ def test_what_cannot_be_asked_is_one_line(run, index, world_folder, tmp_path, ca
     (tmp_path / "index.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(UserError, match="format 9"):
         Similar(tmp_path)
-    (tmp_path / "graph.usearch").write_bytes(b"x" * 300)
+    (tmp_path / "index.json").write_text("{")
     assert main(["similar", str(tmp_path), "--clip", "a"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_graph_that_somebody_else_wrote_is_never_read(index, tmp_path, monkeypatch):
+    """usearch reads beyond the end of such files; the answers come from the vectors all the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # another user's: it has no note of the graph
+    copy = tmp_path / "index"
+    shutil.copytree(index, copy)
+    (copy / "graph.usearch").write_bytes(b"x" * 300)
+    monkeypatch.setattr("vmm.similar.Index.restore", lambda *_: pytest.fail("read a stranger's graph"))
+    similar = Similar(copy)
+    own = similar.items[5]["id"]
+    assert similar.of_clip(own, 5).places.tolist() == similar.of_clip(own, 5, exact=True).places.tolist()
+
+
+def test_a_graph_that_this_user_wrote_is_read(index, monkeypatch):
+    monkeypatch.setattr("vmm.similar._graph_of", lambda *_: pytest.fail("made the graph anew"))
+    assert len(Similar(index).graph) == len(Similar(index).items)
 
 
 # What a recommendation is worth.

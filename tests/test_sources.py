@@ -110,7 +110,12 @@ def test_paths_that_are_none(tmp_path, name):
 
 def test_paths(tmp_path):
     assert path_in(tmp_path, "a/b.mp4") == f"{tmp_path}/a/b.mp4"
-    assert path_in(tmp_path, "/media/b.mp4") == "/media/b.mp4"
+    assert path_in(tmp_path, f"{tmp_path}/b.mp4") == f"{tmp_path}/b.mp4"
+    assert path_in(Path("/"), "/media/b.mp4") == "/media/b.mp4"
+    assert path_in(tmp_path, "a/../b.mp4") == f"{tmp_path}/a/../b.mp4"
+    for outside in ("/etc/passwd", "../b.mp4", "a/../../b.mp4", f"{tmp_path}b/c.mp4"):
+        with pytest.raises(Bad, match="is outside of .*--media"):
+            path_in(tmp_path, outside)
     assert path_in(tmp_path, "a/10:30.mp4") == f"{tmp_path}/a/10:30.mp4"
     touch(tmp_path, "12:30.mp4")  # is there, so it is a file
     assert path_in(tmp_path, "12:30.mp4") == f"{tmp_path}/12:30.mp4"

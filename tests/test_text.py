@@ -263,3 +263,46 @@ def test_tokenizers_through_the_command(tmp_path):
         parsed = _parser().parse_args(arguments)
         parsed.run(parsed)
         assert out.read_text() == text.train_tokenizer(CAPTIONS, 90, kind).to_str(pretty=True)
+
+
+def harmed(**changes) -> dict:
+    return json.loads(text.train_tokenizer(["a red circle"] * 3, 300).to_str()) | changes
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            harmed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "Cannot parse precompiled",
+        ),  # panics
+        (harmed(padding={"strategy": "BatchLongest", "pad_id": 2**40}), "not a tokenizer.json"),
+        (harmed(padding={"strategy": "BatchLongest", "pad_id": 10**400}), "a number of 401 digits"),
+        (
+            harmed(
+                normalizer={
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9,
+                }
+            ),
+            "normalizer makes a text up to 1e.09 times as long",
+        ),
+        (
+            harmed(normalizer={"type": "Replace", "pattern": {"Regex": "x*"}, "content": "x" * 5000}),
+            "up to 5e.03 times as long",
+        ),
+        ([], "not a tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_of_a_stranger_is_one_line(told, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=message) as error:
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(129 << 20)
+    with pytest.raises(UserError, match="larger than 128 MiB"):
+        text.load_tokenizer(tmp_path / "tokenizer.json")

@@ -16,6 +16,7 @@ from conftest import ROOT, tiny_config
 from support.server import server
 
 from vmm.build import save_config
+from vmm.data.manifest import Row, changes, identity
 from vmm.errors import DataBudgetError, NumericError, StorageError, UserError
 from vmm.run import open_run
 from vmm.train import train
@@ -294,3 +295,48 @@ def test_metric_log_cuts_what_a_dead_run_wrote_after_its_checkpoint(tmp_path):
         (3, 3.0),
         (4, None),
     ]
+
+
+def test_other_data_is_told_and_asked_for(world_folder, tmp_path, capsys):
+    """A run goes on with the clips it began with, in their order: else one line, or the word to do so."""
+    manifest, lines = tmp_path / "train.jsonl", (world_folder / "train.jsonl").read_text().splitlines()[:16]
+
+    def write(chosen):
+        told = [json.loads(line) for line in chosen]
+        manifest.write_text("".join(json.dumps(row | {"path": str(world_folder / row["path"])}) + "\n" for row in told))
+
+    def run(steps, **more):
+        config = tiny_config(world_folder, ("video", "text"), steps=steps, batch=8, save_every=1, **more)
+        config["data"] |= {"train": str(manifest)}
+        config["optim"] |= {"warmup": 0}
+        config["evals"] = {}
+        return config
+
+    write(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmm.train._same_config", lambda *_: None)  # `steps` is part of it, and stands for a kill here
+        train(run(1), tmp_path / "run")
+        for chosen, told in (
+            (lines[:8], "8 clips, 16 then"),
+            (lines[::-1], "the same clips in another order"),
+            ([line.replace('"id": "', '"id": "x') for line in lines], "as many, but other clips"),
+        ):
+            write(chosen)
+            with pytest.raises(UserError, match=f"step 1 of .*{told}.*other_data=True") as error:
+                train(run(2), tmp_path / "run")
+            assert "\n" not in str(error.value)
+        write(lines[::-1])
+        train(run(2, other_data=True), tmp_path / "run")
+        assert "in another order" in capsys.readouterr().out
+        write(lines[::-1])  # the newest checkpoint knows of it
+        train(run(3), tmp_path / "run")
+
+
+def test_checkpoints_that_tell_no_data_resume():
+    rows = read_rows_of(3)
+    assert changes({}, identity(rows)) == "" == changes(identity(rows), identity(list(rows)))
+    assert identity(rows)["ordered"] != identity(rows[::-1])["ordered"]
+
+
+def read_rows_of(count: int) -> list[Row]:
+    return [Row(str(i), f"{i}.mp4", None, None, (), {}) for i in range(count)]

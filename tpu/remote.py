@@ -41,7 +41,7 @@ tar -xzf "$HOME/{archive(name)}" -C "$job/code"
 cd "$job/code"
 python3 -m pip install --user --quiet --upgrade uv
 "$HOME/.local/bin/uv" venv --quiet --python {shlex.quote(python)} .venv
-"$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' -e .
+"$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' -e '.[gcs]'
 touch "$job/installed"
 answer installed
 """

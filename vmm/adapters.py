@@ -13,7 +13,6 @@ before that, and one adapter a layer.
 import dataclasses
 import functools
 import math
-import re
 import typing
 import zlib
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vmm.build import build
 from vmm.errors import UserError
-from vmm.rules import first_matches
+from vmm.rules import first_matches, matcher
 from vmm.sharding import Named
 
 KEY = "adapters"  # of the parameter tree
@@ -273,7 +272,7 @@ def adapters_of(params, adapt) -> dict:
         groups.setdefault(path[:-1], {})[path[-1]] = value
     result = {}
     for path, own in groups.items():
-        adapter = next((adapter for pattern, adapter in pairs if re.fullmatch(pattern, "/".join(path))), None)
+        adapter = next((one for pattern, one in pairs if matcher(pattern, "adapt").fullmatch("/".join(path))), None)
         assert adapter is not None, f"no adapter of {path} in the config"
         result[path] = (adapter, own)
     return result

@@ -14,6 +14,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 from vmm.paths import is_remote, to_path
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
@@ -34,7 +35,7 @@ def make(cls: type, spec: Mapping, where: str, **given):
       UserError: an unknown key, a missing one, or a value of another type.
     """
     if not isinstance(spec, Mapping):
-        raise UserError(f"{where}: expected a group of keys, got {spec!r}")
+        raise UserError(f"{where}: expected a group of keys, got {shown(spec)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _LINEN}
     known = [name for name in fields if name not in given]
     hints = typing.get_type_hints(cls)
@@ -43,13 +44,18 @@ def make(cls: type, spec: Mapping, where: str, **given):
             raise UserError(f"{where}.{key}: no such key; {one_of(key, known)}")
         if not _fits(value, hints[key]):
             expected = getattr(hints[key], "__name__", str(hints[key]))
-            raise UserError(f"{where}.{key}: expected {expected}, got {value!r}")
+            raise UserError(f"{where}.{key}: expected {expected}, got {shown(value)}")
     for name in known:
         field = fields[name]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in spec:
             raise UserError(f"{where}.{name}: missing; give it a value in the config")
     return cls(**spec, **given)
+
+
+def shown(value) -> str:
+    """A value in one line: Linen holds groups in dicts whose repr has several."""
+    return " ".join(repr(value).split())
 
 
 def _fits(value, hint) -> bool:
@@ -71,9 +77,10 @@ def build(table: Mapping[str, type], spec: Mapping, where: str, **given):
     if not isinstance(spec, Mapping) or "kind" not in spec:
         raise UserError(f"{where}.kind: missing; {one_of('', table)}")
     fields = {key: value for key, value in spec.items() if key != "kind"}
-    if spec["kind"] not in table:
-        raise UserError(f"{where}.kind: unknown kind {spec['kind']!r}; {one_of(spec['kind'], table)}")
-    return make(table[spec["kind"]], fields, where, **given)
+    kind = spec["kind"]
+    if not isinstance(kind, str) or kind not in table:
+        raise UserError(f"{where}.kind: unknown kind {shown(kind)}; {one_of(kind, table)}")
+    return make(table[kind], fields, where, **given)
 
 
 def plain(value):
@@ -108,8 +115,8 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
         raise UserError(f"config {path}: no such file; {one_of(path, near)}")
     if file.suffix == ".json":
         try:
-            config = plain(json.loads(file.read_text()))
-        except json.JSONDecodeError as error:
+            config = plain(parse_json(file.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise UserError(f"config {path}: not valid JSON ({error})") from None
     else:
         try:
@@ -157,7 +164,7 @@ def _override(config: dict, override: str) -> None:
             raise UserError(f"{override}: {'.'.join(groups[: depth + 1])} is a value ({group!r}), not a group of keys")
     try:
         value = plain(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     group[last] = value
 

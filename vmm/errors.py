@@ -1,10 +1,17 @@
 """Errors that a person can mend, each with the exit code that a launcher can read."""
 
+_LONGEST_LINE = 4000  # characters
+
 
 class UserError(Exception):
     """Something the user gave is wrong: the message is one line that says what, and how to mend it."""
 
     code = 2
+
+    def __str__(self) -> str:
+        # What is quoted may be a megabyte of somebody's file.
+        text = super().__str__()
+        return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} … {text[-_LONGEST_LINE // 2 :]}"
 
 
 class DataBudgetError(UserError):

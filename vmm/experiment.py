@@ -28,6 +28,7 @@ from vmm.evals import EVALS
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.objectives import OBJECTIVES
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
+from vmm.sizes import check_numbers
 from vmm.training.early import Early
 from vmm.training.guard import Guard, check_guard
 from vmm.training.optim import Optim, trainable
@@ -47,6 +48,7 @@ _FREE = (
     "step_timeout",
     "early",
     "card",
+    "other_data",
 )
 _FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
 
@@ -74,7 +76,8 @@ class Config:
     ordered (regex, adapter) over parameter paths, see adapters. With any, only adapters and the objectives' heads are
     trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is. card: see Card.
     early: fields of training.early.Early: when the run ends before its last step. adversary: fields of perturb.Adversary:
-    the loss under small changes too; none: without.
+    the loss under small changes too; none: without. other_data: whether a run may go on though its training clips, or
+    their order, are not those of its checkpoint.
     """
 
     steps: int
@@ -102,6 +105,7 @@ class Config:
     card: Mapping = dataclasses.field(default_factory=dict)
     early: Mapping = dataclasses.field(default_factory=dict)
     adversary: Mapping = dataclasses.field(default_factory=dict)
+    other_data: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,7 @@ class Experiment:
     def __init__(self, config: Mapping):
         """Raises UserError for any key, kind or value that is wrong, before anything is done."""
         self.config = c = make(Config, config, "config")
+        check_numbers(config, "config")
         for name in ("steps", "batch", "save_every", "log_every", "keep"):
             if getattr(c, name) < 1:
                 raise UserError(f"config.{name}: must be at least 1, got {getattr(c, name)}")
@@ -160,6 +165,8 @@ class Experiment:
         check_guard(self.guard)
         self.early = make(Early, c.early, "early")
         self.adversary = make(perturb.Adversary, c.adversary, "adversary") if c.adversary else None
+        if not isinstance(c.trunk.get("encoders", {}), Mapping):
+            raise UserError(f"trunk.encoders: expected modality → encoder, got {c.trunk['encoders']!r}")
         if self.adversary:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from vmm import adapters, masking, pairing, perturb
 from vmm.augment import SpecAugment, add_noise, spec_augment
-from vmm.build import build
+from vmm.build import build, shown
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
 from vmm.fusion import FUSIONS
@@ -151,12 +151,15 @@ class Recipe(nn.Module):
                     )
                 if not isinstance(value, Mapping) or not ({"kind", "ratio"} <= set(value) or set(value) == {"noise"}):
                     raise UserError(
-                        f"views.{view}.{key}: a mask is a group of a kind and a ratio, with `noise` or `noise` alone, got {value!r}"
+                        f"views.{view}.{key}: a mask is a group of a kind and a ratio, with `noise` or `noise` alone, got {shown(value)}"
                     )
+                ratio = value.get("ratio", 0.0)
+                if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+                    raise UserError(f"views.{view}.{key}.ratio: a share in [0, 1], got {shown(ratio)}")
                 self._check_noise(f"views.{view}.{key}.noise", key, value.get("noise", 0.0))
-                if "kind" in value and value["kind"] not in masking.MASKS:
+                if "kind" in value and (not isinstance(value["kind"], str) or value["kind"] not in masking.MASKS):
                     raise UserError(
-                        f"views.{view}.{key}.kind: unknown mask {value['kind']!r}; {one_of(value['kind'], masking.MASKS)}"
+                        f"views.{view}.{key}.kind: unknown mask {shown(value['kind'])}; {one_of(value['kind'], masking.MASKS)}"
                     )
         for name, objective in self.objective.items():
             if name in TOLD:

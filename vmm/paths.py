@@ -5,7 +5,7 @@ from pathlib import Path
 
 from etils import epath
 
-from vmm.errors import UserError
+from vmm.errors import StorageError, UserError
 
 # What reads a bucket: scheme → package.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
@@ -15,7 +15,8 @@ def to_path(path: str | os.PathLike) -> Path | epath.Path:
     """Returns a path with pathlib's methods: Path(…) of pathlib would turn gs://a into gs:/a.
 
     Raises:
-      UserError: nothing that is installed reads such addresses, or the scheme is not known.
+      UserError: the scheme is not known.
+      StorageError: nothing that is installed on this host reads such addresses.
     """
     text = os.fspath(path)
     if "://" not in text:
@@ -28,7 +29,7 @@ def to_path(path: str | os.PathLike) -> Path | epath.Path:
         place._backend.exists  # noqa: B018  which backend there is; no request is sent
         getattr(place._backend, "fs", lambda _: None)(text)
     except ImportError:
-        raise UserError(f"{text}: needs the package {_PACKAGES[scheme]}; pip install {_PACKAGES[scheme]}") from None
+        raise StorageError(f"{text}: needs the package {_PACKAGES[scheme]}; pip install {_PACKAGES[scheme]}") from None
     return place
 
 

@@ -20,7 +20,7 @@ from vmm.experiment import Experiment
 from vmm.model import Recipe
 from vmm.publishing import example
 from vmm.publishing.card import model_card
-from vmm.publishing.check import run_code
+from vmm.publishing.check import embed_as
 from vmm.run import Run, open_run, weights
 from vmm.source import FORMAT, asked_of, base_tensors, experiment_of, fingerprint, open_source
 from vmm.weights import parameter_tree, save_params
@@ -94,7 +94,7 @@ def _example(folder: Path, run: Run, adapters: bool) -> dict[str, np.ndarray]:
     except RuntimeError:  # JAX_PLATFORMS left it out
         base = example.absolute(run.experiment.config.init_from) if adapters else None
         card = folder / "README.md"
-        return run_code(folder, example.code_of(card.read_text(encoding="utf-8"), base, card))
+        return embed_as(folder, example.asked_of(card.read_text(encoding="utf-8"), base, card))
     given = example.inputs(run.experiment.modalities)
     given = {name: str(folder / value) if value == example.CLIP else value for name, value in given.items()}
     with jax.default_device(cpu):

@@ -7,8 +7,11 @@ An index is a folder: vectors.safetensors (float32 [n E], unit), graph.usearch (
 Yashunin 2018, by the library usearch), items.jsonl (id, path, caption), index.json (model, manifest and its hash).
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from usearch.index import Index
 
 import vmm
@@ -26,8 +29,11 @@ from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
+from vmm.foreign import parse_json
+from vmm.weights.tensors import save_arrays
 
 FORMAT = 1
+_GRAPH = "graph.usearch"
 _SAMPLE = 200  # clips of which the graph's answers are compared with the exact ones
 
 
@@ -45,21 +51,40 @@ class Similar:
         """Raises UserError: no index in the folder, or not whole."""
         self.folder = Path(folder)
         try:
-            self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            self.about = parse_json((self.folder / "index.json").read_text(encoding="utf-8"))
             # Not splitlines(): a caption may hold U+2028.
             self.items = [
-                json.loads(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
+                parse_json(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
             ]
             self.vectors = load_file(self.folder / "vectors.safetensors")["vectors"]
-            self.graph = Index.restore(str(self.folder / "graph.usearch"))
         except Exception as error:  # four readers, of which each has errors of its own
             line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(f"index {folder}: not whole ({line}); write it with `vmm index`") from None
         if self.about.get("format") != FORMAT:
             raise UserError(f"index {folder}: format {self.about.get('format')!r} is not known; write it again")
-        if not len(self.items) == len(self.vectors) == len(self.graph):
+        if self.vectors.ndim != 2 or self.vectors.dtype != np.float32 or not np.isfinite(self.vectors).all():
+            raise UserError(f"index {folder}: vectors.safetensors holds no finite float32 [n E]; write it again")
+        if len(self.items) != len(self.vectors):
             raise UserError(f"index {folder}: its files are of different numbers of clips; write it again")
+        if not all(isinstance(item, dict) and {"id", "path", "caption"} <= set(item) for item in self.items):
+            raise UserError(f"index {folder}: a line of items.jsonl is no clip; write it again")
+        self._graph = None
         self.places = {item["id"]: place for place, item in enumerate(self.items)}
+
+    @property
+    def graph(self) -> Index:
+        """The graph over the vectors: made of them, and never read from the folder of somebody else.
+
+        usearch reads a graph's file unchecked, beyond its end where it says so. So it is read only where this user wrote
+        it: its digest is then in the user's cache, out of reach of who made the folder.
+        """
+        if self._graph is None:
+            file = self.folder / _GRAPH
+            if file.is_file() and _note(file).is_file():
+                self._graph = Index.restore(str(file))
+            else:
+                self._graph = _graph_of(self.vectors)
+        return self._graph
 
     def exact(self, queries: np.ndarray, count: int) -> Found:
         """Returns the `count` clips of the highest cosine with each of queries [q E], by comparing all; ties: the first ones."""
@@ -83,6 +108,19 @@ class Similar:
         found = search(self.vectors[own : own + 1], count + 1)
         others = found.places[0] != own
         return Found(found.places[:, others][:, :count], found.likeness[:, others][:, :count])
+
+
+def _note(graph: Path) -> Path:
+    """Returns the file that is there where this user wrote the graph."""
+    with open(graph, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmm" / "graphs" / digest
+
+
+def _graph_of(vectors: np.ndarray) -> Index:
+    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
+    graph.add(np.arange(len(vectors)), vectors, threads=1)  # in one thread: the same graph each time
+    return graph
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -147,8 +185,6 @@ def write_index(
     if not len(vectors):
         raise UserError(f"dataset {manifest}: no clip has any of the streams {', '.join(streams) or 'of the model'}")
     rows = read_manifest(manifest, bool(loaded.experiment.data.remote))
-    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
-    graph.add(np.arange(len(vectors)), vectors, threads=1)  # in one thread: the same graph each time
     items = [{"id": rows[i].id, "path": rows[i].path, "caption": (*rows[i].captions, "")[0]} for i in of_clip]
     about = {
         "format": FORMAT,
@@ -160,8 +196,12 @@ def write_index(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": vectors}, folder / "vectors.safetensors")
-        graph.save(str(folder / "graph.usearch"))
+        save_arrays({"vectors": vectors}, folder / "vectors.safetensors")
+        _graph_of(vectors).save(str(folder / _GRAPH))
+        note = _note(folder / _GRAPH)
+        with contextlib.suppress(OSError):  # without a home the graph is made anew each time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
         write_text(folder / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
         write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
     except OSError as error:

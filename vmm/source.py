@@ -17,6 +17,7 @@ from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
 from vmm.experiment import Experiment
 from vmm.run import open_run, weights
+from vmm.sizes import check_claims
 from vmm.weights import fit, load_tensors, parameter_tree
 from vmm.weights.families import reason
 from vmm.weights.fit import unstack
@@ -91,6 +92,7 @@ def open_source(source: str | Path, base: str | Mapping[str, str] | None = None)
 def _vmm(folder: Path, config: dict) -> Source:
     model, clip, asked = _read(folder, config)
     tensors = load_tensors(folder / "model.safetensors")
+    _check(folder, model, tensors)
     tokenizer = folder / "tokenizer.json"
     return Source("vmm", model, clip, asked, tensors, [], tokenizer if tokenizer.is_file() else None)
 
@@ -110,6 +112,12 @@ def _read(folder: Path, config: dict) -> tuple[dict, dict, dict]:
     return model, clip, asked
 
 
+def _check(folder: Path, model: dict, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError: the config tells of sizes that its tensors cannot have."""
+    scanned = [len(value) for name, value in tensors.items() if ".layers." in name and value.ndim]
+    check_claims(model, [value.shape for value in tensors.values()], scanned, str(folder / "config.json"))
+
+
 def asked_of(data: Mapping) -> dict:
     """Returns the entries of ASKED that a group has."""
     return {key: data[key] for key in ASKED if key in data}
@@ -127,31 +135,50 @@ def _run(folder: Path) -> Source:
 def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
     """Returns the published part of a config, within a config that trains nothing."""
     data = {"train": "", "tokenizer": str(source.tokenizer or ""), "clip": source.clip, **source.asked}
-    return Experiment({"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt})
+    config = {"steps": 1, "batch": 1, **source.model, "optim": {"ema": 0.9}, "data": data, "adapt": adapt}
+    try:
+        return Experiment(config)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the config is data of whoever published it: what it breaks is its own
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"config.json: its model cannot be built ({type(error).__name__}: {line[:200]})") from error
+
+
+def _paths(init_from: str | Mapping[str, str]) -> dict[str | None, str]:
+    return {None: init_from} if isinstance(init_from, str) else dict(init_from)
+
+
+def open_bases(init_from: str | Mapping[str, str]) -> dict[str | None, Source]:
+    """Returns modality (None: all) → the source of a config's init_from; raises UserError as open_source."""
+    return {modality: open_source(path) for modality, path in _paths(init_from).items()}
 
 
 def fit_base(
-    init_from: str | Mapping[str, str], values: Mapping[str, np.ndarray], experiment: Experiment
+    init_from: str | Mapping[str, str],
+    values: Mapping[str, np.ndarray],
+    experiment: Experiment,
+    opened: Mapping[str | None, Source] | None = None,
 ) -> tuple[dict, dict]:
     """Returns a model's tensors with those of other models in them, and source → its Report.
 
     Args:
       init_from: a source that vmm.load takes, for all its parameters; or modality → source, for one encoder each.
-      values: parameter path with dots → array, of the experiment's model.
+      values: parameter path with dots → array, of the experiment's model. opened: of open_bases, None: opened here.
 
     Raises:
       UserError: a source cannot be read, lacks the modality, or nothing of it fits.
     """
-    values, reports = dict(values), {}
-    for modality, path in ({None: init_from} if isinstance(init_from, str) else dict(init_from)).items():
-        opened = open_source(path)
-        if modality is not None and modality not in opened.model["trunk"]["encoders"]:
-            known = sorted(opened.model["trunk"]["encoders"])
+    values, reports, bases = dict(values), {}, open_bases(init_from) if opened is None else opened
+    for modality, path in _paths(init_from).items():
+        base = bases[modality]
+        if modality is not None and modality not in base.model["trunk"]["encoders"]:
+            known = sorted(base.model["trunk"]["encoders"])
             raise UserError(f"init_from.{modality}: {path} has no encoder of {modality}; {one_of(modality, known)}")
-        tensors = opened.tensors
+        tensors = base.tensors
         if modality is not None:
             tensors = {name: x for name, x in tensors.items() if name.startswith(f"model.encoder_{modality}.")}
-        values, report = fit(tensors, values, _tubelets(opened.model, experiment))
+        values, report = fit(tensors, values, _tubelets(base.model, experiment))
         if not report.loaded:
             raise UserError(f"init_from: nothing of {path} fits the config; the first left is {report.left[:1]}")
         reports[path] = report._replace(missing=[] if modality is not None else report.missing)
@@ -169,7 +196,9 @@ def _tubelets(model: Mapping, experiment: Experiment) -> dict:
     }
 
 
-def base_tensors(init_from: str | Mapping[str, str], experiment: Experiment) -> dict[str, np.ndarray]:
+def base_tensors(
+    init_from: str | Mapping[str, str], experiment: Experiment, opened: Mapping[str | None, Source] | None = None
+) -> dict[str, np.ndarray]:
     """Returns the tensors of an experiment's model that come whole from its base, as a run begins with them.
 
     Raises:
@@ -177,7 +206,7 @@ def base_tensors(init_from: str | Mapping[str, str], experiment: Experiment) -> 
     """
     shapes = flatten_dict(nn.unbox(experiment.shapes), sep=".")
     blank = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
-    values, reports = fit_base(init_from, blank, experiment)
+    values, reports = fit_base(init_from, blank, experiment, opened)
     taken = {name for r in reports.values() for name in (*r.loaded, *(resampled for resampled, _ in r.resampled))}
     # The reports name scanned layers one by one.
     return {name: value for name, value in values.items() if taken.issuperset(unstack({name: value}))}
@@ -202,11 +231,16 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
         raise UserError(f"{folder / 'config.json'}: is of no folder of adapters ({error} is missing)") from None
     own, tokenizer = load_tensors(folder / "adapters.safetensors"), folder / "tokenizer.json"
     source = Source("vmm", model, clip, labels, own, [], tokenizer if tokenizer.is_file() else None)
-    experiment = experiment_of(source, plain(adapt))
     try:
-        under = base_tensors(base, experiment)
+        opened = open_bases(base)
     except UserError as error:
         raise UserError(f"{folder}: its base cannot be read; give it as `base` ({error})") from None
+    _check(folder, model, own | {f"{of}.{name}": x for of, one in opened.items() for name, x in one.tensors.items()})
+    experiment = experiment_of(source, plain(adapt))
+    try:
+        under = base_tensors(base, experiment, opened)
+    except UserError as error:
+        raise UserError(f"{folder}: its base does not fit; give another as `base` ({error})") from None
     under = {name: value for name, value in under.items() if name not in own}
     if fingerprint(under) != digest:
         raise UserError(

@@ -11,6 +11,7 @@ import jax
 from vmm.build import differences, digest, load_config, plain, save_config
 from vmm.convert import warm_start
 from vmm.data.loader import Loader, bad_list, bad_summary, remark_summary
+from vmm.data.manifest import changes, identity
 from vmm.errors import Preempted, UserError, one_of
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
@@ -88,13 +89,13 @@ def train(
                 checkpoints.quarantine(rollbacks.unfinished["first"])
                 rollbacks.end(first_process)
             if checkpoints.latest is None:
-                state, start = program.init(jax.random.key(c.seed)), 0
+                state, start, known = program.init(jax.random.key(c.seed)), 0, {}
                 if c.init_from:
                     state = warm_start(state, experiment, c.init_from)
             else:
                 with ledger.during("restore"):
                     saved = checkpoints.restore_newest_good(program.shapes)
-                state, start = saved.state, saved.step
+                state, start, known = saved.state, saved.step, saved.data
                 if saved.samples != start * c.batch:
                     raise UserError(
                         f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
@@ -122,6 +123,16 @@ def train(
                 experiment.data, experiment.clip, experiment.augment, seed=c.seed, batch=c.batch, start=start, stop=c.steps,
                 host=host, hosts=hosts, modalities=experiment.modalities,
             )  # fmt: skip
+            data = identity(source.rows)
+            if changed := changes(known, data):
+                line = (
+                    f"{experiment.data.train}: not the data that step {start} of {workdir} was trained on ({changed})"
+                )
+                if not c.other_data:
+                    checkpoints.close()
+                    raise UserError(f"{line}; put it back, or set other_data=True to go on with it")
+                if first_process:
+                    print(line, flush=True)
             log = MetricLog(workdir, start, first_process)
             line = ProgressLine(start, c.steps, first_process)
             clock = _Clock(c.batch, flops)
@@ -172,7 +183,7 @@ def train(
                         compare_replicas(state, step)
                     if saving:
                         with ledger.during("saving"):
-                            checkpoints.save(state, step, step * c.batch)
+                            checkpoints.save(state, step, step * c.batch, data)
                     asked = c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping
                     due = due and saving and not (stopping and step < c.steps)
                     if asked or due:

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +26,7 @@ from vmm.data.media import DecodeError, reason_of
 from vmm.data.members import read_member
 from vmm.data.remote import fetch, is_address, open_address
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 
 _KEYS = (
     "id",
@@ -42,6 +44,8 @@ _KEYS = (
     "events",
     "curves",
 )
+_CLASSES, _NUMBER = 1 << 31, 3e38  # batches hold them as int32 and float32
+_LONGEST = 1e9  # seconds; above, a time is in another unit
 
 
 class Event(NamedTuple):
@@ -163,8 +167,8 @@ def _content(path: str | Path, remote: bool) -> bytes:
 
 def _row(line: str, where: str, folder: str, remote: bool) -> Row:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict) or not isinstance(value.get("path"), str):
         raise UserError(f"{where}: a clip needs a `path`")
@@ -174,7 +178,7 @@ def _row(line: str, where: str, folder: str, remote: bool) -> Row:
     for key in ("start", "end"):
         bound = value.get(key)
         if bound is not None and (
-            isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf
+            isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < _LONGEST
         ):
             raise UserError(f"{where}: {key} must be seconds, got {bound!r}")
     start, end = value.get("start"), value.get("end")
@@ -186,7 +190,7 @@ def _row(line: str, where: str, folder: str, remote: bool) -> Row:
         raise UserError(f"{where}: caption must be a string, a list of strings or null")
     labels = value.get("labels") or {}
     if not isinstance(labels, dict) or not all(
-        type(item) is int and item >= -1
+        type(item) is int and -1 <= item < _CLASSES
         for entry in labels.values()
         for item in (entry if isinstance(entry, list) else [entry])
     ):
@@ -198,7 +202,7 @@ def _row(line: str, where: str, folder: str, remote: bool) -> Row:
         )
     about = value.get("media") if isinstance(value.get("media"), dict) else {}
     duration = about.get("duration")
-    if duration is not None and (not isinstance(duration, (int, float)) or not 0 <= duration < math.inf):
+    if duration is not None and (not isinstance(duration, (int, float)) or not 0 <= duration < _LONGEST):
         raise UserError(f"{where}: media.duration must be seconds, got {duration!r}")
     record, sha256 = value.get("record"), value.get("sha256")
     if record is not None and (type(record) is not int or record < 0):
@@ -230,7 +234,7 @@ def check_asked(line: dict, where: str) -> dict:
 
 
 def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_NUMBER < value < _NUMBER
 
 
 def _values(values, where: str) -> dict[str, float]:
@@ -281,11 +285,11 @@ def _events(events, where: str) -> tuple[Event, ...] | None:
                 f"{here}: an event has {', '.join(Event._fields)} (the last two may be left out), got {event!r}"
             )
         start, end, label = event["start"], event["end"], event["label"]
-        if not _number(start) or not _number(end) or not 0 <= start < end:
+        if not _number(start) or not _number(end) or not 0 <= start < end < _LONGEST:
             raise UserError(
                 f"{here}: start and end are seconds of the file, start before end, got {start!r} and {end!r}"
             )
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < _CLASSES:
             raise UserError(f"{here}: label must be a class index, got {label!r}")
         box, participants = event.get("box"), event.get("participants")
         if box is not None:
@@ -294,13 +298,34 @@ def _events(events, where: str) -> tuple[Event, ...] | None:
             if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
                 raise UserError(f"{here}: box lies in [0, 1], left before right and top before bottom, got {box!r}")
         if participants is not None and not (
-            isinstance(participants, list) and all(type(item) is int and item >= 0 for item in participants)
+            isinstance(participants, list) and all(type(item) is int and 0 <= item < _CLASSES for item in participants)
         ):
             raise UserError(f"{here}: participants are class indices, got {participants!r}")
         result.append(
             Event(start, end, label, tuple(box) if box else None, None if participants is None else tuple(participants))
         )
     return tuple(result)
+
+
+def identity(rows: Sequence[Row]) -> dict:
+    """Returns what tells a run's clips from others, whatever folder they lie in: {"clips", "ordered", "sorted"}.
+
+    A row counts by its id, its span and, where told, the SHA-256 of its bytes; ordered, sorted: SHA-256 over the rows.
+    """
+    told = [
+        json.dumps([row.id, float(row.start or 0), row.end and float(row.end), row.sha256]).encode() for row in rows
+    ]
+    ordered, unordered = (hashlib.sha256(b"\n".join(lines)).hexdigest() for lines in (told, sorted(told)))
+    return {"clips": len(rows), "ordered": ordered, "sorted": unordered}
+
+
+def changes(then: Mapping, now: Mapping) -> str:
+    """Returns in words how one identity differs from an earlier one; "" where it does not, or nothing is known."""
+    if not then or then == now:
+        return ""
+    if then.get("clips") != now["clips"]:
+        return f"{now['clips']} clips, {then.get('clips')} then"
+    return "the same clips in another order" if then.get("sorted") == now["sorted"] else "as many, but other clips"
 
 
 def manifest_digest(path: str | Path) -> str:

@@ -27,6 +27,7 @@ __all__ = (
 )  # fmt: skip
 
 _MAX_PIXELS = 8192 * 8192
+_PIXELS, _SECONDS = 2**28, 86400  # of one window: 768 MiB of bytes, a day
 _HELD = 0.5  # seconds for which the last picture stands after it ended; beyond, there is no video any more
 _SHORT = 0.1  # seconds that a window may be longer than the file, or begin before the pictures, without a word
 
@@ -206,6 +207,11 @@ def _shown(medium: Medium, start: float, targets: list[float], remarks: Counter)
 
 
 def check_size(size: int, frames: int, seconds: float) -> None:
-    """Raises UserError for a window that holds nothing."""
-    if size < 1 or frames < 1 or seconds <= 0:
+    """Raises UserError for a window that holds nothing, or more than any memory."""
+    if size < 1 or frames < 1 or not 0 < seconds < math.inf:
         raise UserError(f"data.clip: size {size}, frames {frames} and seconds {seconds} must be positive")
+    if frames * size**2 > _PIXELS or seconds > _SECONDS:
+        raise UserError(
+            f"data.clip: {frames} frames of {size} × {size} in {seconds:g} s are more than {_PIXELS:,} pixels or "
+            f"{_SECONDS:,} s; take shorter or smaller windows"
+        )

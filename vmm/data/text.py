@@ -1,5 +1,6 @@
 """Captions → token ids: a tokenizer trained on the captions, or a published one, kept as one JSON file."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,9 +9,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<s>", "</s>"  # ids 0, 1, 2, 3 of ours
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of ours
+_LARGEST = 128 << 20  # bytes of a tokenizer.json; those of a quarter of a million words have 35 MB
+_GROWTH = 1024  # times that normalizing may make a text longer
+_TYPICAL = 8  # letters of a short text
 _PADDINGS = (PAD, "[PAD]", "<|endoftext|>")  # of published ones, where none is told
 
 
@@ -103,10 +108,54 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).is_file():
         raise UserError(f"tokenizer {path}: no such file; make one with `vmm data tokenizer MANIFEST {path}`")
-    try:
+    if Path(path).stat().st_size > _LARGEST:
+        raise UserError(f"tokenizer {path}: larger than {_LARGEST >> 20} MiB; no tokenizer is")
+    with _told(path):
+        told = parse_json(Path(path).read_text(encoding="utf-8"))
+        growth = _growth(told.get("normalizer"))
+        if growth > _GROWTH:
+            raise ValueError(f"its normalizer makes a text up to {growth:.3g} times as long")
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
+    with _told(path):
+        tokenizer = _complete(tokenizer, path)
+        if max(tokenizer.get_vocab().values(), default=0) >= 1 << 31:
+            raise ValueError("an id is beyond int32")
+        with contextlib.suppress(Exception):  # a vocabulary may lack these words; what panics does so here
+            decode_ids(tokenizer, encode(tokenizer, "A red circle, 3 times.", 8))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _told(path: str | Path):
+    """Tells in one line what the library makes of a file: bare Exceptions, and panics that are no Exception."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"tokenizer {path}: not a tokenizer.json ({line[:300]})") from None
+
+
+def _growth(normalizer) -> float:
+    """Returns how many times as long a normalizer may make a text, at most; each of a sequence multiplies."""
+    growth, waiting = 1.0, [normalizer]
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, dict):
+            continue
+        waiting.extend(one.get("normalizers") or ())
+        if one.get("type") == "Replace":
+            pattern, content = one.get("pattern") or {}, len(one.get("content") or "")
+            # A regex may match nothing at all, between any two letters.
+            growth *= max(1.0, content / max(1, len(pattern["String"])) if "String" in pattern else 1 + content)
+        elif one.get("type") == "Prepend":
+            growth += len(one.get("prepend") or "") / _TYPICAL
+    return growth
+
+
+def _complete(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
+    """The tokenizer of a file with padding, start and end; raises UserError: it tells none."""
     if tokenizer.num_special_tokens_to_add(False):
         start = end = None
     else:
@@ -129,7 +178,7 @@ def _padding(tokenizer: Tokenizer, path: Path) -> str:
     names, beside = list(_PADDINGS), path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            told = json.loads(beside.read_text(encoding="utf-8")).get("pad_token")
+            told = parse_json(beside.read_text(encoding="utf-8")).get("pad_token")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{beside}: not a tokenizer_config.json ({error})") from None
         names.insert(0, told.get("content") if isinstance(told, dict) else told)

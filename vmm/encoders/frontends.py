@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from vmm.mel import mel_filters, slaney_filters
 from vmm.sharding import by_clip
+from vmm.sizes import check_table
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -84,6 +85,7 @@ FRONTENDS = {
 
 
 def _frames(wave: Float[Array, "B S"], frames: int, window: int, hop: int) -> Float[Array, "B F W"]:
+    check_table("audio encoder: spectrogram", frames, window)
     return wave[:, np.arange(frames)[:, None] * hop + np.arange(window)]
 
 

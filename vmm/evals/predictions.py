@@ -18,6 +18,7 @@ import numpy as np
 from vmm.build import write_text
 from vmm.errors import StorageError, UserError
 from vmm.evals.scored import Scored
+from vmm.foreign import parse_json
 
 FORMAT = "vmm-predictions/1"
 UNNAMED = "accuracy"  # the metric that needs no name in a table
@@ -78,8 +79,8 @@ def read_predictions(path: Path) -> Predictions:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise UserError(f"predictions {path}, line {number}: not valid JSON ({error})") from None
         if about is None:
             if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from vmm.errors import UserError, one_of
 from vmm.sharding import named
+from vmm.sizes import check_table
 
 _HALVES = {"factorised": ("first", "rest"), "frames": ("first",), "places": ("rest",)}
 ADDED = ("sincos", "sincos_flat", "learned", *_HALVES)
@@ -27,6 +28,7 @@ def sincos(grid: Sequence[int], width: int) -> np.ndarray:
     Each axis has an even share of the width, half sines and half cosines of wavelengths from 2π to
     10,000 · 2π (Vaswani et al. 2017, sec. 3.5, one axis after the other); what is left is zero.
     """
+    check_table("positions", *grid, width)
     share = width // len(grid) // 2 * 2
     table = np.zeros((*grid, width), np.float64)
     for axis, size in enumerate(grid):
@@ -44,6 +46,7 @@ def sincos_flat(grid: Sequence[int], width: int) -> np.ndarray:
 
     Vaswani et al. 2017, sec. 3.5; VideoMAE (Tong et al. 2022) counts the tubelets of a clip so.
     """
+    check_table("positions", *grid, width)
     pair = np.arange(width) // 2 * 2
     angles = np.arange(math.prod(grid))[:, None] / 10000.0 ** (pair / width)
     return np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)).astype(np.float32)

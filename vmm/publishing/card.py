@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -115,9 +116,9 @@ def _facts(run: Run, adapters: bool) -> list[tuple[str, str]]:
         ("code", f"vmm {vmm.__version__}, commit `{commit()}`"),
     ]
     if c.init_from:
-        bases = [c.init_from] if isinstance(c.init_from, str) else [f"{k}: {v}" for k, v in c.init_from.items()]
+        bases = [c.init_from] if isinstance(c.init_from, str) else [f"{k}: {public(v)}" for k, v in c.init_from.items()]
         hub = f" (on the Hub: {told.base_model})" if told.base_model else ""
-        facts.append(("base model", ", ".join(f"`{base}`" for base in bases) + hub))
+        facts.append(("base model", ", ".join(f"`{public(base)}`" for base in bases) + hub))
     if c.adapt:
         kinds = ", ".join(f"`{rule}` ({spec['kind']})" for rule, spec in c.adapt)
         facts.append(
@@ -135,12 +136,17 @@ def _facts(run: Run, adapters: bool) -> list[tuple[str, str]]:
     return facts
 
 
+def public(path: str) -> str:
+    """Returns a path as all may read it: of one from the root, which names a machine's users, its last two parts alone."""
+    return "/".join(PurePath(path).parts[-2:]) if PurePath(path).is_absolute() else path
+
+
 def _data(run: Run) -> list[tuple]:
     """Returns the lines of the table of training data."""
     data, lines = run.experiment.data, []
     weights = {part.manifest: part.weight for part in mixture(data.train).values()}
     for manifest, found in train_digests(data.train).items():
-        name = f"`{manifest}`" + (f" (weight {weights[manifest]:g})" if len(weights) > 1 else "")
+        name = f"`{public(manifest)}`" + (f" (weight {weights[manifest]:g})" if len(weights) > 1 else "")
         try:
             rows = read_manifest(manifest, bool(data.remote)) if found else None
         except UserError:
@@ -156,7 +162,7 @@ def _data(run: Run) -> list[tuple]:
 def _evaluation(run: Run, record: Mapping | None) -> list[str]:
     if record is None:
         return ["This checkpoint was not evaluated: run `vmm eval` on the run, then publish again."]
-    told = ", ".join(f"`{name}` (SHA-256 `{value[:12]}`)" for name, value in record["data"].items())
+    told = ", ".join(f"`{public(name)}` (SHA-256 `{value[:12]}`)" for name, value in record["data"].items())
     lines = [f"Data: {told}. In brackets: 95 % intervals, bootstrap over clips."]
     for name in run.experiment.evals:
         rows, columns, cells, notes = grid(of_evaluator(record["values"], name))

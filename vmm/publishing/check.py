@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 import vmm
 from vmm.errors import UserError, one_of
-from vmm.publishing.example import BASE, absolute, code_of, read_record, sha256
+from vmm.publishing.example import BASE, Asked, absolute, asked_of, read_record, sha256
+from vmm.weights.published import read_config
 
 # Of the largest value of each stream's embedding. Both sides are computed on a CPU in float32: other machines differ by
 # 1e-6, other versions of the codecs by the last bit of a pixel.
@@ -24,7 +25,7 @@ _BEGIN = "import sys; sys.path.insert(0, sys.argv[1]); from vmm.publishing.child
 
 
 def check(folder: str | Path, base: str | Mapping[str, str] | None = None) -> dict[str, float]:
-    """Runs the example of a folder's own card in a clean process and compares. It runs the card's code: know whose it is.
+    """Does what the example of a folder's own card says, in a clean process, and compares. No code of the card is run.
 
     Files are compared by their SHA-256 first: a changed tensor is told even where the example does not use it.
 
@@ -55,8 +56,8 @@ def check(folder: str | Path, base: str | Mapping[str, str] | None = None) -> di
         raise UserError(f"{folder}: README.md is missing")
     text = card.read_text(encoding="utf-8")
     if base is None and f'base="{BASE}"' in text:
-        base = json.loads((folder / "config.json").read_text())["base"]
-    found = run_code(folder, code_of(text, absolute(base), card))
+        base = read_config(folder).get("base")
+    found = embed_as(folder, asked_of(text, absolute(base), card))
     if set(found) != set(expected):
         raise UserError(f"{card}: its example gives {sorted(found)}, at publishing it gave {sorted(expected)}")
     differences = {}
@@ -73,14 +74,14 @@ def check(folder: str | Path, base: str | Mapping[str, str] | None = None) -> di
     return differences
 
 
-def run_code(folder: Path, code: str) -> dict[str, np.ndarray]:
-    """Returns what a card's code gives, run in a clean process on a CPU; raises UserError: it fails."""
+def embed_as(folder: Path, asked: Asked) -> dict[str, np.ndarray]:
+    """Returns what a card's example gives, in a clean process on a CPU; raises UserError: it fails."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # On the CPU: a TPU has room for one process alone, and numbers are to be the same anywhere.
     kept |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as work:
-        file, out = Path(work) / "code.py", Path(work) / "out.safetensors"
-        file.write_text(code, encoding="utf-8")
+        file, out = Path(work) / "asked.json", Path(work) / "out.safetensors"
+        file.write_text(json.dumps(asked._asdict()), encoding="utf-8")
         words = [sys.executable, "-I", "-c", _BEGIN, str(Path(vmm.__file__).parent.parent), str(file), str(out)]
         try:
             done = subprocess.run(words, cwd=folder, env=kept, capture_output=True, text=True, timeout=_PATIENCE)

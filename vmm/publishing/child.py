@@ -1,5 +1,6 @@
-"""Runs a card's example where nothing of the caller's is: `python -I`, no network. See check.py."""
+"""Does what a card's example says where nothing of the caller's is: `python -I`, no network. See check.py."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,14 +11,17 @@ def _offline(event: str, arguments: tuple) -> None:
         raise RuntimeError("the example asks the network")
 
 
-def main(code: str, out: str) -> None:
-    """Runs the code in the current folder and writes its `embeddings`, modality → [n E], as safetensors."""
+def main(asked: str, out: str) -> None:
+    """Embeds in the current folder what a file asks for, and writes modality → [n E] as safetensors.
+
+    asked: JSON of an example.Asked: {"base": …, "given": modality → text or the name of the folder's clip}.
+    """
     sys.addaudithook(_offline)
-    names: dict = {"__name__": "__main__"}
-    exec(compile(Path(code).read_text(encoding="utf-8"), "README.md", "exec"), names)
     import numpy as np
     from safetensors.numpy import save_file
 
-    if not isinstance(names.get("embeddings"), dict):
-        raise RuntimeError("it leaves no `embeddings`, modality → array")
-    save_file({name: np.ascontiguousarray(value) for name, value in names["embeddings"].items()}, out)
+    import vmm
+
+    told = json.loads(Path(asked).read_text(encoding="utf-8"))
+    found = vmm.load(".", told["base"]).embed(**told["given"])
+    save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, out)

@@ -1,19 +1,23 @@
 """The example of a published folder: a small clip, the code of its card, and what that gave when it was published."""
 
+import ast
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from vmm.data.samples import Clip
 from vmm.errors import UserError
+from vmm.foreign import parse_json
+from vmm.weights.tensors import save_arrays
 
 CLIP, RECORD = "example.mp4", "example.safetensors"
 TEXT = "a bright square moves to the right over a rising tone"
@@ -59,26 +63,53 @@ def inputs(modalities: tuple[str, ...]) -> dict[str, str]:
 
 def code(modalities: tuple[str, ...], adapters: bool = False, base: str = "") -> str:
     """Returns the card's Python; it leaves its result in `embeddings`. base: the Hub's name of the adapters' base, or ""."""
-    given = ", ".join(f'{name}="{value}"' for name, value in inputs(modalities).items())
-    over = f', base="{base or BASE}"' if adapters else ""
+    return _code(inputs(modalities), f', base="{base or BASE}"' if adapters else "")
+
+
+def _code(given: Mapping[str, str], over: str) -> str:
+    given = ", ".join(f'{name}="{value}"' for name, value in given.items())
     return f'import vmm\n\nmodel = vmm.load("."{over})\nembeddings = model.embed({given})'
 
 
-def code_of(card: str, base: str | Mapping[str, str] | None, where: Path) -> str:
-    """Returns the first Python of a card, with another base in it where one is given.
+class Asked(NamedTuple):
+    """What a card's example asks for. base: as of vmm.load. given: modality → text, or CLIP."""
+
+    base: str | dict[str, str] | None
+    given: dict[str, str]
+
+
+def asked_of(card: str, base: str | Mapping[str, str] | None, where: Path) -> Asked:
+    """Returns what the first Python of a card asks for, over another base where one is given.
+
+    It is read as data, and none of it is run: the three lines of `code`, with other modalities, words or base at most.
 
     Raises:
-      UserError: there is none, or a base is given and the code names none.
+      UserError: there is none, it is anything else, or a base is given and the example names none.
     """
     found = re.search(r"^```python\n(.*?)^```", card, re.S | re.M)
     if not found:
         raise UserError(f"{where}: has no example (a block of ```python)")
-    text = found.group(1)
-    if base is not None:
-        text, count = re.subn(r'\bbase="[^"]*"', lambda _: f"base={base!r}", text)
-        if not count:
-            raise UserError(f"{where}: its example names no base: the folder holds a whole model; leave --base out")
-    return text
+    try:
+        load, embed = (line.value for line in ast.parse(found.group(1)).body[1:])
+        over = {word.arg: ast.literal_eval(word.value) for word in load.keywords}
+        given = {word.arg: ast.literal_eval(word.value) for word in embed.keywords}
+        told = over.get("base", "")
+        # Written anew from what was read, it must be the same program: nothing else stands in it.
+        again = _code(given, f', base="{told}"' if over else "")
+        same = ast.dump(ast.parse(again)) == ast.dump(ast.parse(found.group(1)))
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+        same = False
+    if not same:
+        raise UserError(
+            f"{where}: its example is not the one that `vmm publish` writes (import vmm, load this folder, embed), and "
+            "other code is not run; publish the folder again"
+        )
+    for name, value in given.items():
+        if value != CLIP and name != "text":
+            raise UserError(f"{where}: its example embeds {value!r}, which is not the folder's own {CLIP}")
+    if base is not None and not over:
+        raise UserError(f"{where}: its example names no base: the folder holds a whole model; leave --base out")
+    return Asked(base if base is not None else told or None, given)
 
 
 def absolute(base: str | Mapping[str, str] | None) -> str | dict[str, str] | None:
@@ -98,7 +129,7 @@ def write_record(folder: Path, embeddings: Mapping[str, np.ndarray], names: tupl
     """Writes what the example gave, and the SHA-256 of the folder's files. embeddings: modality → [1 E]."""
     digests = {name: sha256(folder / name) for name in names}
     values = {name: np.ascontiguousarray(value) for name, value in embeddings.items()}
-    save_file(values, str(folder / RECORD), metadata={"format": "np", "files": json.dumps(digests)})
+    save_arrays(values, folder / RECORD, {"format": "np", "files": json.dumps(digests)})
 
 
 def read_record(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -112,7 +143,7 @@ def read_record(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise UserError(f"{folder}: holds no {RECORD}, so there is nothing to compare with; publish it again")
     try:
         with safe_open(str(path), "np") as file:
-            digests = json.loads((file.metadata() or {})["files"])
+            digests = parse_json((file.metadata() or {})["files"])
         return load_file(str(path)), {str(name): str(value) for name, value in digests.items()}
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not the record of an example ({error!r}); publish the folder again") from None

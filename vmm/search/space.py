@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from vmm.build import build, plain
 from vmm.errors import UserError
+from vmm.foreign import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ def read_space(path: Path) -> dict[str, Domain]:
         raise UserError(f"space {path}: no such file; it is a .json object or a .py file with SPACE = {{key: values}}")
     if path.suffix == ".json":
         try:
-            return make_space(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
+            return make_space(parse_json(path.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise UserError(f"space {path}: not valid JSON ({error})") from None
     spec = importlib.util.spec_from_file_location("vmm_space", path)
     if spec is None:

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,13 @@ def _context() -> ocp.Context:
 
 
 class Saved(NamedTuple):
-    """A checkpoint as it was found. samples: training samples consumed before it, over all hosts."""
+    """A checkpoint as it was found. samples: training samples consumed before it, over all hosts. data: manifest.identity
+    of the clips that they were drawn from; {} in checkpoints that tell nothing of it."""
 
     state: State
     step: int
     samples: int
+    data: Mapping = {}
 
 
 class Damaged(UserError):
@@ -97,8 +99,10 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return [found.step for found in self.orbax.checkpoints]
 
-    def save(self, state: State, step: int, samples: int) -> None:
+    def save(self, state: State, step: int, samples: int, data: Mapping | None = None) -> None:
         """Starts to save; returns when the state may be overwritten. An earlier failure is raised here.
+
+        samples, data: as of Saved.
 
         Raises:
           StorageError: the disk is full or gone; checkpoints saved before stay.
@@ -112,7 +116,7 @@ class Checkpoints:
             # On CPU the host's copy is the device's own buffer, which the next step overwrites.
             if jax.default_backend() == "cpu":
                 state = _copy(state)
-            note = {"samples": samples, "digest": digests(state)}
+            note = {"samples": samples, "digest": digests(state), "data": dict(data or {})}
             if self.fail_next:
                 self.fail_next = False
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -182,7 +186,7 @@ class Checkpoints:
                 f"{self.folder}/{step}: bytes of {wrong[0]} (and {len(wrong) - 1} more) changed since they were saved; "
                 "remove that folder to go on from the one before"
             )
-        return Saved(state, step, int(note.get("samples", 0)))
+        return Saved(state, step, int(note.get("samples", 0)), note.get("data") or {})
 
     def restore_newest_good(self, shapes: State) -> Saved:
         """As `restore` of the newest; one that is damaged is moved to checkpoints-quarantined, and the one before is read.

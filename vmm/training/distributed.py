@@ -22,7 +22,10 @@ from vmm.training.cluster import find_place
 from vmm.training.link import Link, bind_address
 
 HANG = 6  # the exit code of a step that did not end
-_HEARTBEAT = 15  # seconds; the link knows of a killed process at once and of a silent machine after 10
+# Seconds. The link knows of a killed process at once and of a silent machine after 10; one that is stopped or slow is for
+# step_timeout to judge, not for JAX's service, which aborts the healthy processes without a word of ours.
+_HEARTBEAT = 86400
+_TELLING = 4.0  # seconds within which the link knows why a connection between devices broke
 _CLEANING = 10  # seconds that a failing process may take to end itself
 
 
@@ -215,7 +218,9 @@ def tell(error: BaseException) -> None:
         return
     _told = error
     if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(1)  # most likely the connection to a process whose failure is about to be told
+        end = time.monotonic() + _TELLING  # most likely the connection to a process whose failure is about to be told
+        while _job.first is None and time.monotonic() < end:
+            time.sleep(0.05)
     if not _job.fail(_line(error), _code(error)):
         time.sleep(_CLEANING)  # the first failure is said already, and ends this process
     timer = threading.Timer(_CLEANING, _last_words, (error,))

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from vmm.build import write_text
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
+from vmm.sizes import check_claims
 from vmm.weights.families import FAMILIES, videoprism
 from vmm.weights.layout import load, save
-from vmm.weights.tensors import load_tensors
+from vmm.weights.tensors import load_tensors, save_arrays
 
 _PIXELS = "preprocessor_config.json"
 
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict:
     """Reads a folder's config.json. Raises UserError: there is none, or it is not JSON of an object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
             f"{folder}: holds no model published by vmm or in a known family's layout (no config.json)"
@@ -59,7 +60,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [
+                folder / Path(name).name
+                for name in sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            ]
         elif len(arrays) == 1:
             with np.load(arrays[0], allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -83,7 +87,7 @@ def read_pixels(path: Path) -> dict:
     Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
         if "image_mean" not in told or not told.get("do_normalize", True):
             return {}
         scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
@@ -122,6 +126,7 @@ def read_published(folder: str | Path) -> Imported:
     parts = family.parts(theirs)
     try:
         model = family.describe(config, parts)
+        check_claims(model, [value.shape for value in theirs.values()], (), str(folder / "config.json"))
         rules = family.rules(config, parts)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: has no {error}, which {kind} needs") from None
@@ -148,7 +153,7 @@ def write_published(folder: str | Path, family: str, model: Mapping, tensors: Ma
         raise UserError(f"export to {family}: the model is not of this family ({error!r})") from None
     theirs = save(module.rules(config, parts), tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_arrays(theirs, folder / "model.safetensors", {"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     encoder = model["trunk"]["encoders"].get("video", {})
     if "mean" in encoder:

@@ -1,5 +1,6 @@
 """Parameter tree ↔ one .safetensors file, named by path with dots."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from vmm.errors import UserError
 def save_params(params: Mapping, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a parameter tree; "a/b/kernel" is stored as "a.b.kernel"."""
     flat = {name: np.asarray(jax.device_get(value), order="C") for name, value in flatten_dict(params, sep=".").items()}
-    save_file(flat, str(path), metadata={"format": "np", **(metadata or {})})
+    save_arrays(flat, path, {"format": "np", **(metadata or {})})
+
+
+def save_arrays(tensors: Mapping[str, np.ndarray], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes arrays by name to a .safetensors file, with the rights that any new file has: safetensors' are its owner's alone."""
+    with open(path, "wb") as file:
+        rights = os.fstat(file.fileno()).st_mode & 0o777
+    save_file(dict(tensors), str(path), metadata=metadata)
+    os.chmod(path, rights)
 
 
 def load_tensors(path: str | Path) -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
 """Names of classes and their indices."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vmm.errors import UserError
+from vmm.foreign import parse_json
 
 
 def read_classes(path: Path) -> dict[str, list[str]]:
@@ -14,7 +14,7 @@ def read_classes(path: Path) -> dict[str, list[str]]:
       UserError: it is none.
     """
     try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
+        classes = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:

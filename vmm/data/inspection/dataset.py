@@ -1,11 +1,11 @@
 """A dataset as a person asks about it: its manifest with all that stands there, and what a build wrote beside it."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from vmm.data.manifest import Row, read_manifest
 from vmm.errors import UserError
+from vmm.foreign import parse_json
 
 
 class Dataset(NamedTuple):
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict] | None:
         return None
     try:
         # Not splitlines(): a caption may hold U+2028 or U+0085.
-        values = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        values = [parse_json(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path}: not JSON Lines ({error}); build again") from None
     if not all(isinstance(value, dict) for value in values):
@@ -88,7 +88,7 @@ def _built(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); build again") from None
     kinds = {"clips": int, "left_out": dict, "duplicates": int, "files": dict}
@@ -103,7 +103,7 @@ def _classes(folder: Path) -> dict[str, list[str]]:
         path = folder / name
         if path.is_file():
             try:
-                value = json.loads(path.read_text(encoding="utf-8"))
+                value = parse_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{path}: not valid JSON ({error})") from None
             # Other things are called labels.json too: what is no label → list of names is not for us.

@@ -1,6 +1,7 @@
 """Entry: one clip as a source names it, before anything is opened; and the checks that every source shares."""
 
 import math
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,16 +114,24 @@ def span_of(start, end) -> tuple[float | None, float | None]:
 
 
 def path_in(folder: Path, name) -> str:
-    """Returns a file's path below `folder` (or absolute, as the source's author wrote it).
+    """Returns a file's path below `folder`, which a table may also write whole.
+
+    Links are followed: what is in the folder was put there by who owns it, and a table by anyone.
 
     Raises:
-      Bad: no text, or an address instead of a file: nothing is ever fetched.
+      Bad: no text, an address instead of a file (nothing is ever fetched), or a file outside of the folder, which the
+        table's author has no business with.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name or "\ufffd" in name:
         raise Bad("bad path", _short(name))
     # A file may well be called "12:30.mp4"; what is no file but looks like http: or concat: is named as what it is.
     if ":" in name.split("/")[0] and not _is_file(folder / name):
         raise Bad("bad path", f"{_short(name)} is an address, not a file; download it first")
+    root = os.path.abspath(folder)
+    if os.path.commonpath([root, os.path.abspath(folder / name)]) != root:
+        raise Bad(
+            "bad path", f"{_short(name)} is outside of {folder}; where it is to be read, name its folder with --media"
+        )
     return str(folder / name)
 
 

@@ -5,7 +5,6 @@ A line that gives no clip becomes an entry with a reason; a file in which no lin
 
 import csv
 import itertools
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from vmm.data.sources.entry import Bad, Entry
 from vmm.data.sources.library import Library
 from vmm.errors import UserError, one_of
+from vmm.foreign import parse_json
 
 _OPEN = 30  # lines over which a quoted field of a table may run
 _PROBE = 100  # bad lines in a row, from the first on, after which a file is not of the format
@@ -102,7 +102,7 @@ def read_json(path: Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError too
         raise UserError(f"{path}: not JSON ({error})") from None
 
