@@ -93,13 +93,13 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
     Args:
       reference: path of a Python file with `get_config(variant="")`, optionally followed by
         `:variant`, or of a JSON file that `save_config` wrote.
-      overrides: "dotted.key=value" strings; values are Python literals, else strings.
+      overrides: "dotted.key=value" strings; values are Python literals, else strings. "~dotted.key" takes a key out.
 
     Returns:
       The config as nested dicts and tuples.
 
     Raises:
-      UserError: no such file, or an override that is not key=value or reaches into a value.
+      UserError: no such file, an override that is not key=value or reaches into a value, or nothing to take out.
     """
     path, _, variant = (reference, "", "") if is_remote(reference) else reference.partition(":")
     file = to_path(path)
@@ -108,7 +108,7 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
         raise UserError(f"config {path}: no such file; {one_of(path, near)}")
     if file.suffix == ".json":
         try:
-            config = plain(json.loads(file.read_text()))
+            config = plain(json.loads(file.read_text(encoding="utf-8-sig")))
         except json.JSONDecodeError as error:
             raise UserError(f"config {path}: not valid JSON ({error})") from None
     else:
@@ -141,10 +141,27 @@ def _run(file: Path):
     return module
 
 
+def _remove(config: dict, override: str) -> None:
+    *groups, last = override[1:].split(".")
+    group = config
+    for depth, name in enumerate((*groups, last)):
+        if not isinstance(group, dict) or name not in group:
+            above = ".".join(groups[:depth]) or "the config"
+            hint = one_of(name, group) if isinstance(group, dict) else f"it is a value ({group!r})"
+            raise UserError(f"{override}: nothing to take out: {above} has no key {name!r}; {hint}")
+        if depth < len(groups):
+            group = group[name]
+    del group[last]
+
+
 def _override(config: dict, override: str) -> None:
+    if override.startswith("~"):
+        return _remove(config, override)
     key, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"{override}: an override is written key=value, as in optim.learning_rate=3e-4")
+        raise UserError(
+            f"{override}: an override is written key=value, as in optim.learning_rate=3e-4, or ~key to take a key out"
+        )
     *groups, last = key.split(".")
     group = config
     for depth, name in enumerate(groups):

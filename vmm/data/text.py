@@ -104,7 +104,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not Path(path).is_file():
         raise UserError(f"tokenizer {path}: no such file; make one with `vmm data tokenizer MANIFEST {path}`")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
     if tokenizer.num_special_tokens_to_add(False):
@@ -129,7 +129,7 @@ def _padding(tokenizer: Tokenizer, path: Path) -> str:
     names, beside = list(_PADDINGS), path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            told = json.loads(beside.read_text(encoding="utf-8")).get("pad_token")
+            told = json.loads(beside.read_text(encoding="utf-8-sig")).get("pad_token")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{beside}: not a tokenizer_config.json ({error})") from None
         names.insert(0, told.get("content") if isinstance(told, dict) else told)

@@ -71,7 +71,7 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"predictions {path}: no such file; write it with `vmm eval RUN --predictions`")
     found, about = {}, None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"predictions {path}: not UTF-8 text; write it with `vmm eval RUN --predictions`") from None
     for number, line in enumerate(text.split("\n"), 1):

@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict:
     """Reads a folder's config.json. Raises UserError: there is none, or it is not JSON of an object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise UserError(
             f"{folder}: holds no model published by vmm or in a known family's layout (no config.json)"
@@ -83,7 +83,7 @@ def read_pixels(path: Path) -> dict:
     Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8-sig"))
         if "image_mean" not in told or not told.get("do_normalize", True):
             return {}
         scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
