@@ -35,6 +35,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vmm.build import differences
 from vmm.data import text
 from vmm.errors import UserError
 
@@ -376,9 +377,10 @@ def begin(record: Path, settings: dict) -> bool:
                 f"{record}: not the record of a world; remove the folder {folder} and generate it again"
             ) from None
         same = {key: value for key, value in settings.items() if key != "format"}
-        if {key: there["settings"].get(key) for key in same} != same:
+        if other := differences(same, {key: there["settings"].get(key) for key in same}):
             raise UserError(
-                f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it"
+                f"{folder} holds a world with other settings (there → now: {'; '.join(other)}); choose another folder or "
+                "remove it"
             )
         if there["complete"] and there["settings"] == settings:
             return False
