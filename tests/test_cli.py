@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, tiny_config
 
-from vmm.__main__ import main
+from vmm.__main__ import _parser, main
 from vmm.build import save_config
 
 
@@ -71,11 +71,42 @@ def test_empty_dataset(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "x", "--workdri", "y"], ["data"]])
-def test_wrong_flags_exit_2_with_usage(arguments, capsys):
+def test_wrong_flags_exit_2_with_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage: vmm" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("vmm") and said.count("\n") == 1 and "--help`" in said, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "build", "a", "b", "--seconds", "-3"], "--seconds: a number above 0, got '-3'"),
+        (["data", "build", "a", "b", "--gop", "0"], "--gop: a whole number of at least 1, got '0'"),
+        (["data", "build", "a", "b", "--budget", "5"], "--budget: a number of at least 0, at most 1, got '5'"),
+        (["data", "build", "a", "b", "--memory", "nan"], "--memory: a number above 0, got 'nan'"),
+        (["data", "world", "a", "--train", "ten"], "--train: a whole number of at least 0, got 'ten'"),
+        (["summarise", "a", "b", "c", "--share", "1.5"], "--share: a number above 0, at most 1, got '1.5'"),
+        (["train"], "required: config, --workdir;"),
+    ],
+)
+def test_numbers_beyond_their_limits_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
+def test_every_number_of_a_command_has_limits():
+    def actions(parser):
+        for action in parser._actions:
+            yield action
+            for below in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+                yield from actions(below)
+
+    bare = [action.option_strings for action in actions(_parser()) if action.type in (int, float)]
+    assert not bare
 
 
 def test_world_and_tokenizer_through_the_command(tmp_path):
