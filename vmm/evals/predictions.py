@@ -9,6 +9,7 @@ The first line tells of the run (format, step, config, data: manifest → SHA-25
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +25,18 @@ UNNAMED = "accuracy"  # the metric that needs no name in a table
 
 
 def lines(evaluator: str, scored: Scored, ids: list[str]) -> Iterator[dict]:
-    """Yields one line a row. ids: of the manifest's rows, in order. What is not finite becomes null."""
-    for i, row in enumerate(scored.row):
+    """Yields one line a row. ids: of the manifest's rows, in order. What is not finite becomes null.
+
+    Of several of one clip (its captions, each a query), the second is "ID#2", and so on.
+    """
+    seen: Counter = Counter()
+    for i, row in enumerate(scored.row.tolist()):
+        seen[row] += 1
+        identity = ids[row] if seen[row] == 1 else f"{ids[row]}#{seen[row]}"
         told = {key: _plain(values[i]) for key, values in scored.told.items()}
         scores = {key or UNNAMED: _plain(values[i]) for key, values in scored.means.items()}
         yield (
-            {"evaluator": evaluator, "name": scored.name, "id": ids[int(row)], "subset": scored.subset}
+            {"evaluator": evaluator, "name": scored.name, "id": identity, "subset": scored.subset}
             | told
             | {"scores": scores}
         )
