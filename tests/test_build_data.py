@@ -312,7 +312,7 @@ def test_a_flipped_byte_flags_its_sample_and_moves_no_other(corpus, built, tmp_p
         ours = list(loader)
     finally:
         loader.close()
-    assert [(bad.id, bad.reason) for bad in loader.bad.values()] == [("20.mp4", "changed")]
+    assert [(bad.id, bad.reason) for bad in loader.account.bad.values()] == [("20.mp4", "changed")]
     differ = [
         int(number)
         for one, two in zip(good, ours)

@@ -131,6 +131,27 @@ def test_train_through_the_command_and_overrides_after_flags(world_folder, tmp_p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("surroundings", [{"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {"HOME": "/proc/none"}])
+def test_poor_surroundings(surroundings, world_folder, tmp_path):
+    """Output of ASCII alone; no home to write into."""
+    save_config(tiny_config(world_folder, steps=1), tmp_path / "tiny.json")
+    (tmp_path / "tiny.json").write_text((tmp_path / "tiny.json").read_text().replace('"steps": 1', '"steps": "→"'))
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_COMPILATION_CACHE_DIR", "HOME")}
+    code = (
+        "import sys; from vmm.__main__ import main; from vmm.training.runtime import use_compilation_cache as use; use();"
+        "print('V→T ± 😀'); sys.exit(main(sys.argv[1:]))"
+    )
+    code = code.replace("print(", "from vmm.__main__ import _speak_what_can_be_read as speak; speak(); print(")
+    words = ["train", str(tmp_path / "tiny.json"), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, env=kept | surroundings, cwd=ROOT
+    )  # fmt: skip
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 2 and "Traceback" not in err, err
+    assert out == ("V->T +- ?\n" if "LC_ALL" in surroundings else "V→T ± 😀\n")
+    assert "config.steps: expected int" in err
+
+
 def test_a_reader_that_stops_early_is_no_error():
     code = "import sys; from vmm.__main__ import main; sys.exit(main(['data', 'sources']))"
     run = subprocess.Popen(

@@ -14,6 +14,7 @@ from references import CAPTIONS
 
 from vmm.build import load_config
 from vmm.data import text
+from vmm.data.manifest import read_manifest
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError
 from vmm.experiment import Experiment
@@ -263,3 +264,18 @@ def test_tokenizers_through_the_command(tmp_path):
         parsed = _parser().parse_args(arguments)
         parsed.run(parsed)
         assert out.read_text() == text.train_tokenizer(CAPTIONS, 90, kind).to_str(pretty=True)
+
+
+def test_half_of_a_letter_is_replaced_everywhere_alike(tmp_path):
+    """JSON may hold a lone surrogate, which no UTF-8 text and no tokenizer can."""
+    (tmp_path / "m.jsonl").write_text(
+        '{"path": "a.mp4", "id": "\\ud83d", "caption": ["half \\ud83d of", "whole \\ud83d\\ude00"], "texts": {"q": "\\udc00"}}\n'
+    )
+    (row,) = read_manifest(tmp_path / "m.jsonl")
+    assert row.captions == ("half \ufffd of", "whole 😀") and row.id == "\ufffd" and row.texts == {"q": "\ufffd"}
+    tokenizer = text.train_tokenizer(["half \ud83d of", "a dog"], 300)
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer = text.load_tokenizer(tmp_path / "t.json")
+    assert text.encode(tokenizer, "half \ud83d", 16).tolist() == text.encode(tokenizer, "half \ufffd", 16).tolist()
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "t.json").read_bytes())
+    assert text.load_tokenizer(tmp_path / "marked.json").get_vocab() == tokenizer.get_vocab()

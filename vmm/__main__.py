@@ -6,6 +6,7 @@ is not finite; 5 a result could not be written; 6 a step did not end; 7 devices 
 """
 
 import argparse
+import codecs
 import gc
 import logging
 import os
@@ -298,11 +299,39 @@ def _publish(args) -> None:
         upload(folder, args.push)
 
 
+_SIGNS = {
+    "→": "->",
+    "↔": "<->",
+    "…": "...",
+    "±": "+-",
+    "×": "x",
+    "·": "*",
+    "−": "-",
+    "–": "-",
+    "≤": "<=",
+    "≥": ">=",
+    "²": "2",
+}
+
+
+def _plain(error: UnicodeEncodeError) -> tuple[str, int]:
+    return "".join(_SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+def _speak_what_can_be_read() -> None:
+    """Output of few letters (LC_ALL=C, a pipe of an old system) gets signs of its own in place of a traceback."""
+    codecs.register_error("vmm.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if not (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf"):
+            stream.reconfigure(errors="vmm.plain")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     began = time.time()
     # Tracing makes millions of objects and hardly a cycle: by Python's default (700) to look for cycles is a quarter of it.
     gc.set_threshold(100_000, 10, 10)
+    _speak_what_can_be_read()
     args, rest = _parser().parse_known_args(arguments)
     args.began = began
     if rest:

@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -186,6 +188,8 @@ def save_config(config: Mapping, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file through a temporary neighbour, so that a reader never sees half of it."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -278,7 +278,9 @@ def _similarity(run: Run, name: str) -> list[str]:
 def _first_clips(run: Run, manifest: str, wanted: np.ndarray):
     """Returns a Batch of the wanted rows of a manifest."""
     found = {}
-    for batch, numbers, _ in evaluation_batches(manifest, run.experiment.data, run.experiment.clip, batch=32):
+    experiment = run.experiment
+    batches = evaluation_batches(manifest, experiment.data, experiment.clip, batch=32, modalities=experiment.modalities)
+    for batch, numbers, _ in batches:
         for place, number in enumerate(numbers):
             if number in wanted:
                 found[int(number)] = jax.tree.map(lambda leaf, place=place: leaf[place], batch)

@@ -57,6 +57,13 @@ def open_run(workdir: str | Path, alone: bool = False) -> Run:
     return Run(workdir, config, experiment, mesh, saved.state, saved.step)
 
 
+def from_where(config: dict) -> str:
+    """Returns the tail of an error line on a file that a run's config names and that is not here."""
+    if Path(config["data"].get("tokenizer") or "/").is_absolute():
+        return "; put it back, or correct config.json"
+    return f": relative paths of a run begin in the folder where it was trained, not in {Path.cwd()}; run this there"
+
+
 def weights(state: State):
     """Returns the parameters that are evaluated and published: the running average where there is one."""
     return state.ema if jax.tree.leaves(state.ema) else state.params

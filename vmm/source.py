@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def open_source(source: str | Path, base: str | Mapping[str, str] | None = None)
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = _from_hub(str(source))
+        folder = _from_hub(source)
     run = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     config = {}
     if not run and (not list(folder.glob("*.npz")) or (folder / "config.json").is_file()):
@@ -121,7 +122,15 @@ def _run(folder: Path) -> Source:
     data = run.config["data"]
     model = {key: run.config[key] for key in ("trunk", "views", "objectives", "balance") if key in run.config}
     tensors = {name: np.asarray(value) for name, value in flat.items()}
-    return Source("run", model, data.get("clip", {}), asked_of(data), tensors, [], Path(data["tokenizer"]))
+    return Source(
+        "run",
+        model,
+        data.get("clip", {}),
+        asked_of(data),
+        tensors,
+        [],
+        Path(data["tokenizer"]) if data.get("tokenizer") else None,
+    )
 
 
 def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
@@ -217,7 +226,13 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
     return source._replace(tensors=flatten_dict(experiment.merged(tree), sep="."))
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str | Path) -> Path:
+    # What cannot be a name of the Hub, or begins with a folder that is here, is a path: the Hub is not asked for it.
+    words = str(source).partition("@")[0].split("/")
+    if len(words) != 2 or not all(words) or words[0] in (".", "..") or Path(words[0]).is_dir():
+        raise UserError(f"{source}: no such folder; give a published folder, a run, or OWNER/NAME of the Hub")
+    source = str(source)
+    print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
     from huggingface_hub import snapshot_download  # slow to import, and most sources are folders
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

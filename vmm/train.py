@@ -10,7 +10,7 @@ import jax
 
 from vmm.build import differences, digest, load_config, plain, save_config
 from vmm.convert import warm_start
-from vmm.data.loader import Loader, bad_list, bad_summary, remark_summary
+from vmm.data.loader import Loader
 from vmm.errors import Preempted, UserError, one_of
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
@@ -220,12 +220,8 @@ def train(
             # ---- the end -------------------------------------------------------------------------
             if stopped and first_process:
                 print(stopped, flush=True)
-            if source.bad:
-                print(
-                    f"{len(source.bad)} files could not be decoded ({bad_summary(source.bad)}):\n{bad_list(source.bad)}"
-                )
-            if source.remarks:
-                print(f"files that were not decoded just as they are: {remark_summary(source.remarks)}")
+            for told in source.account.lines():
+                print(told)
             return last
 
 

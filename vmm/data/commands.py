@@ -132,7 +132,9 @@ def _tokenizer(args) -> None:
 
     captions = [text for row in read_manifest(args.manifest) for text in row.captions]
     if not captions:
-        raise UserError(f"dataset {args.manifest}: no clip has a caption, so there is nothing to train a tokenizer on")
+        raise UserError(
+            f"dataset {args.manifest}: no clip has a caption to train a tokenizer on; a model without text needs none"
+        )
     tokenizer = train_tokenizer(captions, args.vocabulary, args.kind)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out))

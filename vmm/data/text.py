@@ -14,6 +14,11 @@ _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of ours
 _PADDINGS = (PAD, "[PAD]", "<|endoftext|>")  # of published ones, where none is told
 
 
+def clean(text: str) -> str:
+    """Returns a text with U+FFFD in the place of halves of a letter (lone surrogates), which no file and no tokenizer can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 512, kind: str = "bpe") -> Tokenizer:
     """Returns a lower-casing tokenizer of about `vocabulary` entries at most; padding is id 0.
 
@@ -23,7 +28,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 512, kind: str = 
     """
     if kind not in _KINDS:
         raise UserError(f"tokenizer: unknown kind {kind!r}; {one_of(kind, _KINDS)}")
-    return _KINDS[kind](captions, vocabulary)
+    return _KINDS[kind](map(clean, captions), vocabulary)
 
 
 def _train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -101,6 +106,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: the file is missing or broken, or tells no padding, or no start and end of a text.
     """
+    if not str(path):
+        raise UserError("data.tokenizer: none given; text needs one, as `vmm data tokenizer MANIFEST FILE` makes it")
     if not Path(path).is_file():
         raise UserError(f"tokenizer {path}: no such file; make one with `vmm data tokenizer MANIFEST {path}`")
     try:
@@ -177,7 +184,7 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer."""
-    found = tokenizer.encode(text, add_special_tokens=False)
+    found = tokenizer.encode(clean(text), add_special_tokens=False)
     found.truncate(max(0, length - tokenizer.num_special_tokens_to_add(False)))
     whole = tokenizer.post_process(found)
     ids = whole.ids[:length]

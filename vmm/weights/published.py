@@ -59,7 +59,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = _listed(folder, json.loads(index.read_text(encoding="utf-8-sig")))
         elif len(arrays) == 1:
             with np.load(arrays[0], allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -75,6 +75,17 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     for file in files:
         tensors |= load_tensors(file)
     return tensors
+
+
+def _listed(folder: Path, index: Mapping) -> list[Path]:
+    """Returns the files of an index; raises UserError: it is none, or names a file that does not lie in the folder."""
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{folder}/model.safetensors.index.json: weight_map must be tensor → file name")
+    for name in places.values():
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{folder}/model.safetensors.index.json: {name!r} is no name of a file in its folder")
+    return [folder / name for name in sorted(set(places.values()))]
 
 
 def read_pixels(path: Path) -> dict:
