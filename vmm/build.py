@@ -17,6 +17,7 @@ from beartype.door import is_bearable
 
 from vmm.errors import UserError, one_of
 from vmm.paths import is_remote, to_path
+from vmm.plugins import admit, admitted
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
 _TYPES = BeartypeConf(is_pep484_tower=True)
@@ -68,14 +69,27 @@ def build(table: Mapping[str, type], spec: Mapping, where: str, **given):
     """Returns table[kind](**fields) for spec = {"kind": kind, **fields}.
 
     Raises:
-      UserError: as `make`, or the kind is not in the table (the line lists the kinds).
+      UserError: as `make` or `class_of`.
+    """
+    cls = class_of(table, spec, where)
+    return make(cls, {key: value for key, value in spec.items() if key != "kind"}, where, **given)
+
+
+def class_of(table: Mapping[str, type], spec: Mapping, where: str) -> type:
+    """Returns what the kind of a spec names: an entry of the table, or a class by its import path (plugins.py).
+
+    Raises:
+      UserError: there is no such kind (the line lists the kinds).
     """
     if not isinstance(spec, Mapping) or "kind" not in spec:
         raise UserError(f"{where}.kind: missing; {one_of('', table)}")
-    fields = {key: value for key, value in spec.items() if key != "kind"}
-    if spec["kind"] not in table:
-        raise UserError(f"{where}.kind: unknown kind {spec['kind']!r}; {one_of(spec['kind'], table)}")
-    return make(table[spec["kind"]], fields, where, **given)
+    kind = spec["kind"]
+    found = table.get(kind) or (admitted(kind) if isinstance(kind, str) else None)
+    if found is None:
+        raise UserError(
+            f'{where}.kind: unknown kind {kind!r}; {one_of(kind, table)}; or one of yours: "package.module:Class"'
+        )
+    return found
 
 
 def plain(value):
@@ -89,13 +103,17 @@ def plain(value):
     return value
 
 
-def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
-    """Reads a config and applies overrides.
+def load_config(
+    reference: str, overrides: typing.Sequence[str] = (), plugins: typing.Collection[str] | None = None
+) -> dict:
+    """Reads a config, applies overrides, and imports what its kinds name by import path.
 
     Args:
       reference: path of a Python file with `get_config(variant="")`, optionally followed by
         `:variant`, or of a JSON file that `save_config` wrote.
       overrides: "dotted.key=value" strings; values are Python literals, else strings. "~dotted.key" takes a key out.
+
+      plugins: modules that may be imported for that, see plugins.admit; None: any, it is a config of one's own.
 
     Returns:
       The config as nested dicts and tuples.
@@ -120,6 +138,7 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
             raise UserError(f"config {reference}: {error}") from None
     for override in overrides:
         _override(config, override)
+    admit(config, plugins, file.parent if file.suffix == ".json" else None)
     return config
 
 

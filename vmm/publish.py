@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ from vmm.data import media, text
 from vmm.errors import StorageError, UserError
 from vmm.experiment import Experiment
 from vmm.model import Recipe
+from vmm.plugins import modules
 from vmm.publishing import example
 from vmm.publishing.card import model_card
 from vmm.publishing.check import run_code
@@ -111,7 +112,7 @@ def _example(folder: Path, run: Run, adapters: bool) -> dict[str, np.ndarray]:
     given = example.inputs(run.experiment.modalities)
     given = {name: str(folder / value) if value == example.CLIP else value for name, value in given.items()}
     with jax.default_device(cpu):
-        return load_published(folder).embed(**given)
+        return load_published(folder, plugins=modules((run.config["trunk"], run.config["objectives"]))).embed(**given)
 
 
 def _published_config(run: Run) -> dict:
@@ -140,9 +141,11 @@ def _adapters(run: Run) -> tuple[dict, dict]:
     return own, {"base": base, "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
 
 
-def load_published(source: str | Path, base: str | Mapping[str, str] | None = None) -> "Model":
+def load_published(
+    source: str | Path, base: str | Mapping[str, str] | None = None, plugins: Collection[str] = ()
+) -> "Model":
     """Returns the model of a folder or Hub repository, ours or of a known family; see vmm.load."""
-    opened = open_source(source, base)
+    opened = open_source(source, base, plugins)
     experiment = experiment_of(opened)
     return Model(experiment, parameter_tree(opened.tensors, nn.unbox(experiment.shapes), source))
 

@@ -16,6 +16,7 @@ from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
 from vmm.objectives import OBJECTIVES
 from vmm.paths import to_path
+from vmm.plugins import admit
 from vmm.run import weights
 from vmm.sharding import check_batch, host_place, place_batch, platform, to_device
 from vmm.teachers import open_teachers
@@ -54,6 +55,7 @@ def train(
     use_compilation_cache()
     if platform() == "cpu":
         keep_freed_memory()
+    admit(config)
     experiment = Experiment(config)
     c = experiment.config
     if not c.objectives:

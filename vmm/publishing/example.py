@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,10 +57,14 @@ def inputs(modalities: tuple[str, ...]) -> dict[str, str]:
     return {name: TEXT if name == "text" else CLIP for name in sorted(modalities)}
 
 
-def code(modalities: tuple[str, ...], adapters: bool = False, base: str = "") -> str:
-    """Returns the card's Python; it leaves its result in `embeddings`. base: the Hub's name of the adapters' base, or ""."""
+def code(modalities: tuple[str, ...], adapters: bool = False, base: str = "", plugins: Sequence[str] = ()) -> str:
+    """Returns the card's Python; it leaves its result in `embeddings`.
+
+    base: the Hub's name of the adapters' base, or "". plugins: modules that the model's kinds name.
+    """
     given = ", ".join(f'{name}="{value}"' for name, value in inputs(modalities).items())
     over = f', base="{base or BASE}"' if adapters else ""
+    over += f", plugins={json.dumps(list(plugins))}" if plugins else ""
     return f'import vmm\n\nmodel = vmm.load("."{over})\nembeddings = model.embed({given})'
 
 
