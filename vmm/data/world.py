@@ -96,10 +96,10 @@ _BEATS = {
     "galloping": "galloping beats",
 }
 _PHRASINGS = (
-    "a {colour} {shape} {moves} while a {timbre} plays {pitch} in {beats} , they {pair}",
-    "a {timbre} plays {pitch} in {beats} as a {colour} {shape} {moves} , they {pair}",
-    "the {shape} is {colour} and {moves} , the sound is a {timbre} on {pitch} with {beats} , they {pair}",
-    "{beats} of a {timbre} at {pitch} , and a {colour} {shape} that {moves} , they {pair}",
+    "a {colour} {shape} {moves} while a {timbre} plays {pitch} in {beats}, they {pair}",
+    "a {timbre} plays {pitch} in {beats} as a {colour} {shape} {moves}, they {pair}",
+    "the {shape} is {colour} and {moves}, the sound is a {timbre} on {pitch} with {beats}, they {pair}",
+    "{beats} of a {timbre} at {pitch}, and a {colour} {shape} that {moves}, they {pair}",
 )
 _PAIRS = ("match", "clash")  # by `both`
 _SEEN_ONLY = ("a {colour} {shape} {moves} in silence", "without a sound a {colour} {shape} {moves}")
@@ -295,7 +295,7 @@ def generate(
       UserError: more clips than combinations, or the folder holds a world with other settings.
     """
     folder = Path(folder)
-    settings = {"format": 3, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
+    settings = {"format": 4, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
     total = int(np.prod([len(values) for values in FACTS.values()]))
     if sum(sizes.values()) > total or min(sizes.values(), default=0) < 1 or not 0 <= missing <= 1:
         raise UserError(
