@@ -131,6 +131,22 @@ def test_train_through_the_command_and_overrides_after_flags(world_folder, tmp_p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.tokenizer=gone.json", "tokenizer gone.json: no such file"),
+        ("data.train=gone.jsonl", "dataset gone.jsonl: no such file"),
+        ("data.trian=x", "data.trian: no such key"),
+    ],
+)
+def test_what_is_not_there_is_told_without_jax(change, message, world_folder, tmp_path):
+    save_config(tiny_config(world_folder), tmp_path / "tiny.json")
+    code = "import sys; from vmm.__main__ import main; code = main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(code)"
+    words = ["train", str(tmp_path / "tiny.json"), "--workdir", str(tmp_path / "run"), change]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize("surroundings", [{"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {"HOME": "/proc/none"}])
 def test_poor_surroundings(surroundings, world_folder, tmp_path):
     """Output of ASCII alone; no home to write into."""

@@ -194,8 +194,10 @@ def _run(args) -> int | None:
         _train(args)
     elif args.command == "verify-resume":
         from vmm.build import load_config
+        from vmm.data.files import check_files
 
-        config = load_config(args.config, args.overrides)  # its mistakes come before long imports
+        config = load_config(args.config, args.overrides)
+        check_files(config)  # its mistakes come before long imports
         from vmm.verify import verify_resume
 
         return int(not verify_resume(config, args.steps, args.folder))
@@ -249,11 +251,12 @@ def _run(args) -> int | None:
 
 def _train(args) -> None:
     from vmm.build import load_config
+    from vmm.data.files import check_files
     from vmm.errors import UserError
     from vmm.training.cluster import find_place
 
-    try:
-        load_config(args.config, args.overrides)  # its mistakes come before JAX is imported, which takes seconds
+    try:  # what is wrong here is told before JAX is imported, which takes seconds
+        check_files(load_config(args.config, args.overrides))
     except UserError:
         if find_place() is None:  # else in the job, below: all its processes end
             raise
