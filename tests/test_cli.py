@@ -40,11 +40,14 @@ def vmm(*arguments: str, cwd=ROOT, **environment) -> subprocess.CompletedProcess
         (["data", "world", "{tmp}/world", "--train", "0"], "at least 1|between 1 clip"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_line_and_exit_2(arguments, message, world_folder, tmp_path, capsys, monkeypatch):
     import re
 
     monkeypatch.chdir(ROOT)
     (tmp_path / "file").touch()
+    if arguments[0] == "train":
+        there = [f"data.train={world_folder}/train.jsonl", f"data.tokenizer={world_folder}/tokenizer.json"]
+        arguments = [*arguments[:2], *there, *arguments[2:]]
     code = main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     error = capsys.readouterr().err
     assert code in (2, 5)
@@ -53,7 +56,7 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys, 
     assert "Traceback" not in error
 
 
-def test_empty_dataset(tmp_path, capsys):
+def test_empty_dataset(world_folder, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
     assert (
         main(
@@ -63,6 +66,7 @@ def test_empty_dataset(tmp_path, capsys):
                 "--workdir",
                 str(tmp_path / "run"),
                 f"data.train={tmp_path}/empty.jsonl",
+                f"data.tokenizer={world_folder}/tokenizer.json",
             ]
         )
         == 2
