@@ -19,6 +19,7 @@ from vmm.encoders import ENCODERS
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.layers import Pool
+from vmm.report import with_blanks
 
 V, L, D, HEADS = 30, 9, 32, 4
 LENGTHS = (L, 5, 3)
@@ -279,3 +280,12 @@ def test_half_of_a_letter_is_replaced_everywhere_alike(tmp_path):
     assert text.encode(tokenizer, "half \ud83d", 16).tolist() == text.encode(tokenizer, "half \ufffd", 16).tolist()
     (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "t.json").read_bytes())
     assert text.load_tokenizer(tmp_path / "marked.json").get_vocab() == tokenizer.get_vocab()
+
+
+def test_hidden_words_are_drawn_as_blanks(tmp_path):
+    text.train_tokenizer(["a red ring moves left"] * 9, 400).save(str(tmp_path / "t.json"))
+    tokenizer = text.load_tokenizer(tmp_path / "t.json")
+    ids = text.encode(tokenizer, "a red ring moves left", 16)
+    words = [tokenizer.decode([int(i)]).strip() for i in ids]
+    assert with_blanks(tokenizer, ids, {words.index("red"), words.index("left")}) == "a _ ring moves _"
+    assert with_blanks(tokenizer, ids, set()) == "a red ring moves left"

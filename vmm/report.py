@@ -282,9 +282,7 @@ def _similarity(run: Run, name: str) -> list[str]:
                 f'<li{" class=right" if j == i else ""}>{text} <span class="note">{scores[i, j] / len(streams):.2f}</span></li>'
             )
         strip = np.concatenate(list(video), axis=1)
-        parts.append(
-            f'<div class="clip">{_png(strip, manifest[places[i]].captions[0])}<ol>{"".join(lines)}</ol></div>'
-        )
+        parts.append(f'<div class="clip">{_png(strip, manifest[places[i]].captions[0])}<ol>{"".join(lines)}</ol></div>')
     return parts
 
 
