@@ -23,12 +23,12 @@ def get_config(variant: str = "") -> dict:
     depth = dict(video=1, audio=1, text=1) if small else dict(video=3, audio=2, text=1)
     return dict(
         seed=0,
-        steps=20 if small else 800,
+        steps=20 if small else 1100,
         batch=16 if small else 32,
         data=world_data(),
         trunk=dict(
             encoders=dict(
-                video=dict(kind="video", tubelet=(8, 16, 16), depth=depth["video"], **layers),
+                video=dict(kind="video", tubelet=(8, 12, 12), depth=depth["video"], **layers),
                 audio=dict(kind="audio", bins=64, patch=(8, 64), depth=depth["audio"], **layers),
                 text=dict(kind="text", vocabulary=512, depth=depth["text"], **layers),
             ),
@@ -60,6 +60,6 @@ def get_config(variant: str = "") -> dict:
         ),
         optim=dict(learning_rate=1e-3, warmup=5 if small else 60, weight_decay=0.05, ema=0.99),
         evals=world_evals(),
-        save_every=10 if small else 400,
+        save_every=10 if small else 550,
         log_every=5 if small else 10,
     )

@@ -53,9 +53,23 @@ def test_overrides():
     assert config["objectives"]["contrast"]["pairs"] == (("video", "text"),)
 
 
+def test_a_key_is_taken_out():
+    config = load_config(DEMO, ["~trunk.encoders.text", "trunk.fusion.kind=joint"])
+    assert sorted(config["trunk"]["encoders"]) == ["audio", "video"]
+    assert config["trunk"]["fusion"]["kind"] == "joint"
+
+
+def test_a_config_as_windows_writes_it(tmp_path):
+    save_config({"steps": 3}, tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "config.json").read_bytes())
+    assert load_config(str(tmp_path / "config.json")) == {"steps": 3}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("~trunk.encoders.txt", "trunk.encoders has no key 'txt'; did you mean 'text'"),
+        ("~steps.more", "it is a value"),
         ("steps", "key=value"),
         ("stepz=3", r"config.stepz: no such key; did you mean 'steps'"),
         ("optm.warmup=3", r"config.optm: no such key; did you mean 'optim'"),

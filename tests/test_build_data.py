@@ -312,7 +312,7 @@ def test_a_flipped_byte_flags_its_sample_and_moves_no_other(corpus, built, tmp_p
         ours = list(loader)
     finally:
         loader.close()
-    assert [(bad.id, bad.reason) for bad in loader.bad.values()] == [("20.mp4", "changed")]
+    assert [(bad.id, bad.reason) for bad in loader.account.bad.values()] == [("20.mp4", "changed")]
     differ = [
         int(number)
         for one, two in zip(good, ours)
@@ -328,16 +328,16 @@ def test_a_flipped_byte_flags_its_sample_and_moves_no_other(corpus, built, tmp_p
 
 def test_other_settings_are_an_error(corpus, built, tmp_path):
     for more in ({"short_side": 64}, {"keep": True}, {"gop": 5}):
-        with pytest.raises(UserError, match="was built with another storage.*new folder"):
+        with pytest.raises(UserError, match="there → now: .*new folder"):
             run(corpus / "all.jsonl", built, **more)
-    with pytest.raises(UserError, match="another shard"):
+    with pytest.raises(UserError, match="shard: 16 → 8"):
         run(corpus / "all.jsonl", built, shard=8)
-    with pytest.raises(UserError, match="another source"):
+    with pytest.raises(UserError, match="source: "):
         run(corpus / "few.jsonl", built)
     # The same while it is not finished.
     out = tmp_path / "out"
     interrupted(corpus / "few.jsonl", out, 5)
-    with pytest.raises(UserError, match="another storage"):
+    with pytest.raises(UserError, match="there → now: "):
         run(corpus / "few.jsonl", out, gop=5, shard=4)
 
 

@@ -23,7 +23,7 @@ from vmm.teachers import open_teachers
 from vmm.train import train
 from vmm.weights import fit, save_params
 from vmm.weights.fit import resize_patches, unstack
-from vmm.weights.published import read_published
+from vmm.weights.published import read_published, read_tensors
 
 WIDTH, HEADS = 16, 2
 
@@ -219,7 +219,7 @@ def test_bad_folders(published, tmp_path, capsys):
         (deep, "no tensor 'videomae.encoder.layer.2"),
         (pickled, "pytorch_model.bin is a pickle"),
         (short, "not a whole safetensors file"),
-        (tmp_path / "none", "neither a folder"),
+        (tmp_path / "none", "no such folder"),
     ):
         assert main(["convert", str(folder), str(out)]) == 2
         error = capsys.readouterr().err.strip()
@@ -295,3 +295,17 @@ def test_weights_have_the_rights_of_any_new_file(mask, rights, tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == rights
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "{}", '{"weight_map": ["a.safetensors"]}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b.safetensors"}}',
+     '{"weight_map": {"a": "/tmp/b.safetensors"}}', '{"weight_map": {}}', "{"],
+)  # fmt: skip
+def test_an_index_of_weights_that_is_none_or_leads_out_of_its_folder(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(
+        UserError, match="weight_map must be|is no name of a file in its folder|cannot be read"
+    ) as error:
+        read_tensors(tmp_path)
+    assert "\n" not in str(error.value)

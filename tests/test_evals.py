@@ -9,9 +9,11 @@ from conftest import small_config, tiny_config
 from sklearn import metrics
 
 from vmm.build import load_config
+from vmm.data.manifest import Row
 from vmm.errors import UserError
 from vmm.evals.calibration import softmax
 from vmm.evals.classification import Classification, accuracy, confusion, hits, macro, per_class, votes
+from vmm.evals.predictions import lines
 from vmm.evals.probe import Probe
 from vmm.evals.retrieval import Retrieval, ranks, recall, table, unit
 from vmm.evals.tables import grid
@@ -95,6 +97,64 @@ def test_classification_counts_labelled_clips_that_show_a_stream():
     assert values["VA/kind"] == pytest.approx((30 + (truth[::4] == 2).sum()) / 40)
 
 
+class Told:
+    """Predictions of a manifest of clips, each with a caption or several, as evaluate.Predict gives them."""
+
+    def __init__(self, rows: dict, manifest: list[Row], texts: dict | None = None):
+        self.found, self.manifest, self.texts = rows, manifest, texts or {}
+
+    def __call__(self, manifest, subset):
+        return self.found
+
+    def knows(self, subset):
+        return True
+
+    def rows(self, manifest):
+        return self.manifest
+
+    def phrasings(self, manifest):
+        return [row.captions for row in self.manifest]
+
+    def embed(self, texts):
+        return {"contrast/text": np.array([self.texts[text] for text in texts])}
+
+
+def one_caption_each(rows: dict) -> Told:
+    count = len(rows["row"])
+    return Told(rows, [Row(str(i), f"{i}.mp4", None, None, ("words",), {}) for i in range(count)])
+
+
+def test_each_caption_is_a_query_and_any_of_them_is_found():
+    """MSR-VTT's protocol by hand: 3 videos, captions of a and b, the first two rows of one video."""
+    x, y, z = np.eye(3)
+    rows = {
+        "contrast/video": np.stack([x, x, y, z]),
+        "contrast/text": np.stack([x, x + 0.5 * y, z, z]),  # of the third row, wrong
+        "present/video": np.ones(4, bool), "present/text": np.ones(4, bool), "row": np.arange(4),
+    }  # fmt: skip
+    captions = [("a",), ("b",), ("c", "more c"), ("d", "bad d")]
+    manifest = [
+        Row(str(i), name, None, None, texts, {})
+        for i, (name, texts) in enumerate(zip(["ab.mp4", "ab.mp4", "c.mp4", "d.mp4"], captions))
+    ]
+    told = Told(rows, manifest, {"more c": y, "bad d": x + 0.1 * z})
+    evaluator = Retrieval(data="test")
+    gallery = evaluator.prepare(told)
+    measured = evaluator.measure(told, gallery)
+    values, scored = measured.numbers(), {one.name: one for one in measured.scored}
+    assert values["clips"] == 3 and values["captions"] == 6 and values["chance/R@1"] == pytest.approx(1 / 3)
+    # Queries: a, b, c, more c, d, bad d among the videos x, y, z.
+    assert scored["T→V"].told["rank"].tolist() == [1.0, 1.0, 2.5, 1.0, 1.0, 2.0]
+    assert scored["T→V"].row.tolist() == [0, 0, 2, 2, 3, 3], "clips, for the bootstrap: rows of one video are one"
+    # Video x: its a is first, and its b no wrong answer. y: "more c" is first. z: of c (wrong, cosine 1) and d, as near.
+    assert scored["V→T"].told["rank"].tolist() == [1.0, 1.0, 1.5]
+    assert values["V→T/R@1"] == pytest.approx((1 + 1 + 0.5) / 3)
+    ids = [line["id"] for line in lines("retrieval", scored["T→V"], [row.id for row in manifest])]
+    assert ids == ["0", "0#2", "2", "2#2", "3", "3#2"]
+    # One caption a clip, every clip a video: nothing to prepare.
+    assert evaluator.prepare(one_caption_each(rows)) is None
+
+
 def test_retrieval_takes_the_same_complete_clips_for_every_direction():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(20, 8))
@@ -102,7 +162,7 @@ def test_retrieval_takes_the_same_complete_clips_for_every_direction():
     rows = {f"contrast/{name}": vectors for name in ("video", "audio", "text")}
     rows |= {f"present/{name}": np.ones(20, bool) for name in ("video", "audio", "text")} | {"row": np.arange(20)}
     rows["present/audio"] = np.arange(20) >= 5
-    values = Retrieval(data="test")(lambda manifest, subset: rows)
+    values = Retrieval(data="test")(one_caption_each(rows))
     assert values["clips"] == 15
     assert values["chance/R@1"] == pytest.approx(1 / 15)
     directions = {key.split("/")[0] for key in values if "→" in key}
@@ -117,7 +177,7 @@ def test_a_direction_that_was_not_trained_is_not_shown(world_folder):
     rng = np.random.default_rng(0)
     rows = {f"contrast/{name}": rng.normal(size=(9, 4)) for name in ("video", "audio", "text")}
     rows |= {f"present/{name}": np.ones(9, bool) for name in ("video", "audio", "text")} | {"row": np.arange(9)}
-    values = evaluator(lambda manifest, subset: rows)
+    values = evaluator(one_caption_each(rows))
     assert {key.split("/")[0] for key in values if "→" in key} == {"V→T", "A→T", "T→V", "T→A", "VA→T"}
     both = {"contrast": OBJECTIVES["contrastive"]()}
     assert Retrieval(data="test").trained_on(both).pairs == (
@@ -361,7 +421,7 @@ def test_retrieval_has_a_score_for_each_query():
     low, high = ends["V→T/median_rank"]
     assert low <= measured.numbers()["V→T/median_rank"] <= high and low < high
     with pytest.raises(UserError, match="objective 'contrats' embeds nothing; did you mean 'contrast'"):
-        Retrieval(data="test", objective="contrats")(lambda manifest, subset: rows)
+        Retrieval(data="test", objective="contrats")(one_caption_each(rows))
 
 
 def test_probabilities_of_a_probe_of_two_classes():

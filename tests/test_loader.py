@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from vmm.data import media, text
-from vmm.data.loader import Loader, bad_list, bad_summary, evaluation_batches, load_mixture, remark_summary
+from vmm.data.account import bad_list, bad_summary, remark_summary
+from vmm.data.loader import Loader, evaluation_batches, load_mixture
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.order import position_to_sample
 from vmm.data.samples import Augment, Clip, Data, Samples
@@ -478,14 +479,14 @@ def test_bad_files_are_counted_once_by_reason(broken):
     loader = Loader(tone_data(broken, budget=0.5), CLIP, PLAIN, seed=3, batch=4, start=0, stop=13)
     list(loader)
     loader.close()
-    assert {row: (item.id, item.reason) for row, item in loader.bad.items()} == {
+    assert {row: (item.id, item.reason) for row, item in loader.account.bad.items()} == {
         2: ("t2", "undecodable"),
         7: ("t7", "undecodable"),
         11: ("t11", "missing"),
     }
-    assert bad_summary(loader.bad) == "2 undecodable, 1 missing"
-    assert len(bad_list(loader.bad).splitlines()) == 3
-    assert str(broken / "none.wav") in bad_list(loader.bad)
+    assert bad_summary(loader.account.bad) == "2 undecodable, 1 missing"
+    assert len(bad_list(loader.account.bad).splitlines()) == 3
+    assert str(broken / "none.wav") in bad_list(loader.account.bad)
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 30])
@@ -495,8 +496,8 @@ def test_files_that_are_not_decoded_just_as_they_are_are_counted_once_by_remark(
         loader = Loader(tone_data(tones, cache=cache), clip, PLAIN, seed=3, batch=4, start=0, stop=13)
         list(loader)
         loader.close()
-        assert loader.remarks == wanted and not loader.bad
-    assert remark_summary(loader.remarks) == f"{COUNT} ends early"
+        assert loader.account.remarks == wanted and not loader.account.bad
+    assert remark_summary(loader.account.remarks) == f"{COUNT} ends early"
 
 
 @pytest.mark.parametrize("tracks", [{"audio": -1}, {"sound": 0}, {"audio": "deu"}])

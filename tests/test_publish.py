@@ -287,6 +287,11 @@ def test_embeds_paths_arrays_and_single_things(folder, world_folder):
     assert model.embed(video=[array] * 3)["video"].shape == (3, 16)
     assert model.embed(video=np.stack([array] * 3))["video"].shape == (3, 16)
     assert model.embed(audio=np.zeros(100, np.float32))["audio"].shape == (1, 16)
+    left, right = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 100))
+    mean = model.embed(audio=(left + right) / 2)["audio"]
+    for stereo in (np.stack([left, right], 1), [np.stack([left, right])]):
+        np.testing.assert_allclose(model.embed(audio=stereo)["audio"], mean, rtol=1e-5)
+    assert model.embed(audio=list(np.stack([left, right])))["audio"].shape == (2, 16)
     texts = model.embed(text=["a red circle moves left"] * 70)["text"]
     assert texts.shape == (70, 16)
     np.testing.assert_allclose(texts[0], texts[69], rtol=1e-5, atol=1e-6)
@@ -299,6 +304,10 @@ def test_embeds_paths_arrays_and_single_things(folder, world_folder):
         (dict(text=""), "not empty"),
         (dict(video=np.zeros((2, 2, 2, 3), np.uint8)), "must be uint8"),
         (dict(audio=np.zeros((3, 3, 3))), "must be float"),
+        (dict(audio=np.zeros(0)), "must be float"),
+        (dict(audio=np.full(50, np.nan)), "not finite"),
+        (dict(audio=np.full(50, 12000.0)), "values up to 12000; divide"),
+        (dict(audio=np.zeros((2, 50))), r"\[2, 50\] may be 2 clips or 2 channels"),
         (dict(), "the model takes"),
         (dict(text=["a", "b"], audio=[np.zeros(5, np.float32)]), "of one length"),
     ],
@@ -320,8 +329,9 @@ def test_loads_in_a_clean_process_without_jax_at_import(folder, world_folder):
 
 
 def test_broken_folders(folder, tmp_path):
-    with pytest.raises(UserError, match="neither a folder nor a model"):
-        vmm.load(str(tmp_path / "nothing here"))
+    for name in (str(tmp_path / "nothing here"), "tests/nowhere", "./nowhere", "nowhere"):  # the Hub is not asked
+        with pytest.raises(UserError, match="no such folder; give"):
+            vmm.load(name)
     with pytest.raises(UserError, match="holds no model published"):
         vmm.load(tmp_path)
     copy = tmp_path / "copy"
@@ -346,6 +356,24 @@ def test_publishing_again_replaces_only_its_own_files(run, folder):
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "notes.txt").unlink()
     assert not folder.with_name("published.part").exists()
+
+
+def test_publishing_into_the_folder_where_one_is(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    publish(run, ".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+
+
+def test_a_tokenizer_that_is_elsewhere_is_one_line(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["tokenizer"] = "data/world/tokenizer.json"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="tokenizer data/world/tokenizer.json is not there: relative paths.*run this there"
+    ):
+        publish(tmp_path / "run", tmp_path / "published")
 
 
 def test_evaluating_again_is_free_and_the_same(run, capsys):

@@ -303,3 +303,17 @@ def test_leaving_early_ends_the_children(tmp_path):
 def _children() -> list[int]:
     tasks = Path(f"/proc/{os.getpid()}/task")
     return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+def test_a_child_is_started_deaf_to_control_c():
+    """A terminal sends it to all processes: one that still imports would end with a traceback of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    box = Sandbox(f"{HERE}:stop_for")
+    try:
+        box._start()
+        status = Path(f"/proc/{box.process.pid}/status").read_text()
+        blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1
+    finally:
+        box.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

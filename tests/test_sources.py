@@ -263,6 +263,20 @@ def test_csv_separators_and_columns_by_other_names(tmp_path, separator):
     assert entry == Entry("7", "/media/a.mp4", captions=("ein Hund",))
 
 
+def test_columns_that_are_not_used_are_told(tmp_path, capsys):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "t.csv").write_text("path,emotion,caption,speaker\na.mp4,joy,a laugh,7\n")
+    entries(tmp_path / "t.csv")
+    assert "t.csv: columns that are not used: emotion, speaker; --label" in capsys.readouterr().err
+    entries(tmp_path / "t.csv", label="emotion")
+    assert "not used: speaker;" in capsys.readouterr().err
+    (tmp_path / "t.jsonl").write_text(
+        '{"path": "a.mp4", "values": {"x": 1}}\n{"path": "a.mp4", "id": "b", "mood": 1}\n'
+    )
+    entries(tmp_path / "t.jsonl")
+    assert "not used: mood;" in capsys.readouterr().err
+
+
 def test_csv_rows_that_give_no_clip(tmp_path):
     path = tmp_path / "a.csv"
     lines = [

@@ -14,10 +14,12 @@ from references import CAPTIONS
 
 from vmm.build import load_config
 from vmm.data import text
+from vmm.data.manifest import read_manifest
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.layers import Pool
+from vmm.report import with_blanks
 
 V, L, D, HEADS = 30, 9, 32, 4
 LENGTHS = (L, 5, 3)
@@ -306,3 +308,27 @@ def test_a_file_too_large_is_not_read(tmp_path):
         file.truncate(129 << 20)
     with pytest.raises(UserError, match="larger than 128 MiB"):
         text.load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_half_of_a_letter_is_replaced_everywhere_alike(tmp_path):
+    """JSON may hold a lone surrogate, which no UTF-8 text and no tokenizer can."""
+    (tmp_path / "m.jsonl").write_text(
+        '{"path": "a.mp4", "id": "\\ud83d", "caption": ["half \\ud83d of", "whole \\ud83d\\ude00"], "texts": {"q": "\\udc00"}}\n'
+    )
+    (row,) = read_manifest(tmp_path / "m.jsonl")
+    assert row.captions == ("half \ufffd of", "whole 😀") and row.id == "\ufffd" and row.texts == {"q": "\ufffd"}
+    tokenizer = text.train_tokenizer(["half \ud83d of", "a dog"], 300)
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer = text.load_tokenizer(tmp_path / "t.json")
+    assert text.encode(tokenizer, "half \ud83d", 16).tolist() == text.encode(tokenizer, "half \ufffd", 16).tolist()
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "t.json").read_bytes())
+    assert text.load_tokenizer(tmp_path / "marked.json").get_vocab() == tokenizer.get_vocab()
+
+
+def test_hidden_words_are_drawn_as_blanks(tmp_path):
+    text.train_tokenizer(["a red ring moves left"] * 9, 400).save(str(tmp_path / "t.json"))
+    tokenizer = text.load_tokenizer(tmp_path / "t.json")
+    ids = text.encode(tokenizer, "a red ring moves left", 16)
+    words = [tokenizer.decode([int(i)]).strip() for i in ids]
+    assert with_blanks(tokenizer, ids, {words.index("red"), words.index("left")}) == "a _ ring moves _"
+    assert with_blanks(tokenizer, ids, set()) == "a red ring moves left"

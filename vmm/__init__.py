@@ -12,16 +12,19 @@ A published model loads and embeds in three lines:
 __version__ = "0.1.0"
 
 
-def load(source: str, base=None):
+def load(source: str, base=None, plugins=()):
     """Returns the model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]").
 
     A folder of `vmm publish` or `vmm convert`, a run, or one in the published layout of a known family (config.json
     + safetensors: VideoMAE, CLIP, BERT, …; see README).
     Adapters (`vmm publish --adapters`) are put on their base: `base`, given as `init_from`, else where it was in training.
 
+    plugins: modules of your own environment that may be imported, where the model has a kind that is named by its import
+    path ("mypackage.fusion:MyFusion"); else nothing is, and such a model is refused.
+
     Raises:
       vmm.errors.UserError: there is none, it is not whole, or its adapters are of another base. Nothing is ever unpickled.
     """
     from vmm.publish import load_published  # imports JAX: only when it is needed
 
-    return load_published(source, base)
+    return load_published(source, base, plugins)

@@ -6,6 +6,7 @@ is not finite; 5 a result could not be written; 6 a step did not end; 7 devices 
 """
 
 import argparse
+import codecs
 import gc
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from vmm.bench.commands import add as add_bench_commands
 from vmm.data.commands import add as add_data_commands
+from vmm.flags import Parser, number, whole
 from vmm.planning.commands import add as add_plan_command
 from vmm.search.commands import add as add_sweep_command
 
@@ -36,26 +38,33 @@ _lighten_children()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vmm", description="Pretrain video models with their sound and their text.")
+    parser = Parser(prog="vmm", description="Pretrain video models with their sound and their text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a config, or go on with its run")
     train.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
     train.add_argument("--workdir", required=True, help="folder of the run, also gs://…; the same again resumes it")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4"
+    )
 
     verify = commands.add_parser("verify-resume", help="kill a short run of a config, resume it, and compare")
     verify.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
-    verify.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4")
-    verify.add_argument("--steps", type=int, default=12, help="of the short run (default %(default)s)")
+    verify.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4"
+    )
+    verify.add_argument("--steps", type=whole(2), default=12, help="of the short run (default %(default)s)")
     verify.add_argument("--folder", type=Path, help="where to keep the runs (default: nowhere)")
 
     supervising = commands.add_parser("supervise", help="train, and start again after a crash, a hang or a preemption")
     supervising.add_argument("config", help="as of vmm train")
     supervising.add_argument("--workdir", required=True, help="as of vmm train")
-    supervising.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of vmm train")
+    supervising.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as of vmm train")
     supervising.add_argument(
-        "--restarts", type=int, default=8, help="give up after so many in a row without a new checkpoint (default 8)"
+        "--restarts",
+        type=whole(0),
+        default=8,
+        help="give up after so many in a row without a new checkpoint (default 8)",
     )
 
     evaluate = commands.add_parser("eval", help="evaluate a run's newest checkpoint")
@@ -79,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     averaging.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of runs of one model")
     averaging.add_argument("--out", type=Path, required=True, help="workdir to write")
     which = averaging.add_mutually_exclusive_group()
-    which.add_argument("--last", type=int, default=1, metavar="K", help="newest checkpoints of each run (default 1)")
+    which.add_argument(
+        "--last", type=whole(1), default=1, metavar="K", help="newest checkpoints of each run (default 1)"
+    )
     which.add_argument("--steps", default="", metavar="S,S,…", help="the checkpoints of these steps instead")
     averaging.add_argument(
         "--greedy",
@@ -135,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     index.add_argument(
         "--stride",
-        type=float,
+        type=number(0),
         default=0.0,
         help="seconds between the windows of long clips (default: the middle one alone)",
     )
@@ -145,15 +156,19 @@ def _parser() -> argparse.ArgumentParser:
     similar.add_argument("--clip", default="", metavar="ID", help="a clip of the index")
     similar.add_argument("--file", default="", help="a media file")
     similar.add_argument("--text", default="", help="words")
-    similar.add_argument("--top", type=int, default=10, help="how many (default %(default)s)")
+    similar.add_argument("--top", type=whole(1), default=10, help="how many (default %(default)s)")
     similar.add_argument("--exact", action="store_true", help="compare with every clip, not by the graph")
 
     summarise = commands.add_parser("summarise", help="the moments of a video that are worth most, as mp4")
     summarise.add_argument("run", help="workdir of a run with a `moments` objective")
     summarise.add_argument("video", help="a media file of any length")
     summarise.add_argument("out", type=Path, help="the mp4 file to write")
-    summarise.add_argument("--share", type=float, default=0.15, help="of its length, at most (default %(default)s)")
-    summarise.add_argument("--segment", type=float, default=0.5, help="seconds taken or left whole (%(default)s)")
+    summarise.add_argument(
+        "--share", type=number(0, 1, above=True), default=0.15, help="of its length, at most (default %(default)s)"
+    )
+    summarise.add_argument(
+        "--segment", type=number(0, above=True), default=0.5, help="seconds taken or left whole (%(default)s)"
+    )
 
     report = commands.add_parser("report", help="draw a run as one self-contained HTML file")
     report.add_argument("run", help="workdir of a run")
@@ -179,8 +194,10 @@ def _run(args) -> int | None:
         _train(args)
     elif args.command == "verify-resume":
         from vmm.build import load_config
+        from vmm.data.files import check_files
 
-        config = load_config(args.config, args.overrides)  # its mistakes come before long imports
+        config = load_config(args.config, args.overrides)
+        check_files(config)  # its mistakes come before long imports
         from vmm.verify import verify_resume
 
         return int(not verify_resume(config, args.steps, args.folder))
@@ -234,11 +251,12 @@ def _run(args) -> int | None:
 
 def _train(args) -> None:
     from vmm.build import load_config
+    from vmm.data.files import check_files
     from vmm.errors import UserError
     from vmm.training.cluster import find_place
 
-    try:
-        load_config(args.config, args.overrides)  # its mistakes come before JAX is imported, which takes seconds
+    try:  # what is wrong here is told before JAX is imported, which takes seconds
+        check_files(load_config(args.config, args.overrides))
     except UserError:
         if find_place() is None:  # else in the job, below: all its processes end
             raise
@@ -254,10 +272,8 @@ def _average(args) -> None:
     from vmm.errors import UserError
 
     steps = [step.strip() for step in args.steps.split(",") if step.strip()]
-    if not all(step.isdigit() for step in steps) or args.last < 1:
-        raise UserError(
-            f"average: --steps are numbers, as 100,200; --last is at least 1; got {args.steps!r}, {args.last}"
-        )
+    if not all(step.isdigit() for step in steps):
+        raise UserError(f"average: --steps are numbers, as 100,200; got {args.steps!r}")
     told = average(args.runs, args.out, args.last, [int(step) for step in steps], args.greedy)
     for one in told:
         alone = f", alone {one['score']:.4f}" if "score" in one else ""
@@ -286,11 +302,39 @@ def _publish(args) -> None:
         upload(folder, args.push)
 
 
+_SIGNS = {
+    "→": "->",
+    "↔": "<->",
+    "…": "...",
+    "±": "+-",
+    "×": "x",
+    "·": "*",
+    "−": "-",
+    "–": "-",
+    "≤": "<=",
+    "≥": ">=",
+    "²": "2",
+}
+
+
+def _plain(error: UnicodeEncodeError) -> tuple[str, int]:
+    return "".join(_SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+def _speak_what_can_be_read() -> None:
+    """Output of few letters (LC_ALL=C, a pipe of an old system) gets signs of its own in place of a traceback."""
+    codecs.register_error("vmm.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if not (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf"):
+            stream.reconfigure(errors="vmm.plain")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     began = time.time()
     # Tracing makes millions of objects and hardly a cycle: by Python's default (700) to look for cycles is a quarter of it.
     gc.set_threshold(100_000, 10, 10)
+    _speak_what_can_be_read()
     args, rest = _parser().parse_known_args(arguments)
     args.began = began
     if rest:

@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from beartype.door import is_bearable
 from vmm.errors import UserError, one_of
 from vmm.foreign import parse_json
 from vmm.paths import is_remote, to_path
+from vmm.plugins import admit, admitted
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
 _TYPES = BeartypeConf(is_pep484_tower=True)
@@ -72,15 +75,27 @@ def build(table: Mapping[str, type], spec: Mapping, where: str, **given):
     """Returns table[kind](**fields) for spec = {"kind": kind, **fields}.
 
     Raises:
-      UserError: as `make`, or the kind is not in the table (the line lists the kinds).
+      UserError: as `make` or `class_of`.
+    """
+    cls = class_of(table, spec, where)
+    return make(cls, {key: value for key, value in spec.items() if key != "kind"}, where, **given)
+
+
+def class_of(table: Mapping[str, type], spec: Mapping, where: str) -> type:
+    """Returns what the kind of a spec names: an entry of the table, or a class by its import path (plugins.py).
+
+    Raises:
+      UserError: there is no such kind (the line lists the kinds).
     """
     if not isinstance(spec, Mapping) or "kind" not in spec:
         raise UserError(f"{where}.kind: missing; {one_of('', table)}")
-    fields = {key: value for key, value in spec.items() if key != "kind"}
     kind = spec["kind"]
-    if not isinstance(kind, str) or kind not in table:
-        raise UserError(f"{where}.kind: unknown kind {shown(kind)}; {one_of(kind, table)}")
-    return make(table[kind], fields, where, **given)
+    found = (table.get(kind) or admitted(kind)) if isinstance(kind, str) else None
+    if found is None:
+        raise UserError(
+            f'{where}.kind: unknown kind {shown(kind)}; {one_of(kind, table)}; or one of yours: "package.module:Class"'
+        )
+    return found
 
 
 def plain(value):
@@ -94,19 +109,23 @@ def plain(value):
     return value
 
 
-def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
-    """Reads a config and applies overrides.
+def load_config(
+    reference: str, overrides: typing.Sequence[str] = (), plugins: typing.Collection[str] | None = None
+) -> dict:
+    """Reads a config, applies overrides, and imports what its kinds name by import path.
 
     Args:
       reference: path of a Python file with `get_config(variant="")`, optionally followed by
         `:variant`, or of a JSON file that `save_config` wrote.
-      overrides: "dotted.key=value" strings; values are Python literals, else strings.
+      overrides: "dotted.key=value" strings; values are Python literals, else strings. "~dotted.key" takes a key out.
+
+      plugins: modules that may be imported for that, see plugins.admit; None: any, it is a config of one's own.
 
     Returns:
       The config as nested dicts and tuples.
 
     Raises:
-      UserError: no such file, or an override that is not key=value or reaches into a value.
+      UserError: no such file, an override that is not key=value or reaches into a value, or nothing to take out.
     """
     path, _, variant = (reference, "", "") if is_remote(reference) else reference.partition(":")
     file = to_path(path)
@@ -115,7 +134,7 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
         raise UserError(f"config {path}: no such file; {one_of(path, near)}")
     if file.suffix == ".json":
         try:
-            config = plain(parse_json(file.read_text(encoding="utf-8")))
+            config = plain(parse_json(file.read_text(encoding="utf-8-sig")))
         except ValueError as error:
             raise UserError(f"config {path}: not valid JSON ({error})") from None
     else:
@@ -125,6 +144,7 @@ def load_config(reference: str, overrides: typing.Sequence[str] = ()) -> dict:
             raise UserError(f"config {reference}: {error}") from None
     for override in overrides:
         _override(config, override)
+    admit(config, plugins, file.parent if file.suffix == ".json" else None)
     return config
 
 
@@ -148,10 +168,27 @@ def _run(file: Path):
     return module
 
 
+def _remove(config: dict, override: str) -> None:
+    *groups, last = override[1:].split(".")
+    group = config
+    for depth, name in enumerate((*groups, last)):
+        if not isinstance(group, dict) or name not in group:
+            above = ".".join(groups[:depth]) or "the config"
+            hint = one_of(name, group) if isinstance(group, dict) else f"it is a value ({group!r})"
+            raise UserError(f"{override}: nothing to take out: {above} has no key {name!r}; {hint}")
+        if depth < len(groups):
+            group = group[name]
+    del group[last]
+
+
 def _override(config: dict, override: str) -> None:
+    if override.startswith("~"):
+        return _remove(config, override)
     key, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"{override}: an override is written key=value, as in optim.learning_rate=3e-4")
+        raise UserError(
+            f"{override}: an override is written key=value, as in optim.learning_rate=3e-4, or ~key to take a key out"
+        )
     *groups, last = key.split(".")
     group = config
     for depth, name in enumerate(groups):
@@ -176,6 +213,8 @@ def save_config(config: Mapping, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file through a temporary neighbour, so that a reader never sees half of it."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vmm
-from vmm.build import differences, plain, write_text
+from vmm.build import class_of, differences, plain, write_text
 from vmm.encoders import ENCODERS
 from vmm.errors import StorageError, UserError, one_of
 from vmm.experiment import Experiment
@@ -125,7 +125,7 @@ def _filled(model: Mapping) -> dict:
 
     def fill(spec: Mapping, table: Mapping) -> dict:
         fields = {}
-        for field in dataclasses.fields(table[spec["kind"]]):
+        for field in dataclasses.fields(class_of(table, spec, "model")):
             if field.name not in ("parent", "name"):
                 made = field.default_factory is not dataclasses.MISSING
                 fields[field.name] = field.default_factory() if made else field.default

@@ -63,6 +63,10 @@ class Ensemble:
         """As Predict.rows."""
         return self.members[0].rows(manifest)
 
+    def phrasings(self, manifest: str) -> list[tuple[str, ...]]:
+        """As Predict.phrasings."""
+        return self.members[0].phrasings(manifest)
+
     def embed(self, texts: Sequence[str]) -> dict:
         """As Predict.embed."""
         return blend([member.embed(texts) for member in self.members], self.experiment)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from vmm.build import digest, write_text
 from vmm.corrupt import SEVERITIES, Captions, corrupt
+from vmm.data.account import Account
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.targets import fill
@@ -30,11 +31,14 @@ from vmm.evals.tables import grid, show, show_interval
 from vmm.experiment import Experiment, numbers
 from vmm.model import sample_keys
 from vmm.paths import to_path
+from vmm.progress import progress
 from vmm.run import Run, commit, open_run, weights
 from vmm.sharding import batch_sharding, host_place, to_device
 from vmm.suites import SUITES, print_suite
 from vmm.training.metrics import read_rows
 from vmm.types import SUBSETS, Batch
+
+_TEXTS = 256  # embedded at a time
 
 
 class Predict:
@@ -50,6 +54,8 @@ class Predict:
         self.experiment, self.params, self.mesh, self.strict = experiment, params, mesh, strict
         self.memory: dict = {}
         self.captions: dict = {}
+        self.accounts: dict[str, Account] = {}  # manifest → what became of its files
+        self.tell: Callable[..., None] = lambda *_: None  # of progress.progress, where somebody waits
         self.forward = self._jit("predict")
         named = (getattr(evaluator, "subsets", ()) for evaluator in experiment.evals.values())
         self.asked = {"VAT"}.union(*named)  # subsets that the evaluators ask for
@@ -126,12 +132,26 @@ class Predict:
         """Returns the clips of a manifest, by the numbers that `row` gives."""
         return read_manifest(manifest, bool(self.experiment.data.remote))
 
+    def phrasings(self, manifest: str) -> list[tuple[str, ...]]:
+        """Returns each clip's texts as the model may read them: data.text filled with each of its captions."""
+        template = self.experiment.data.text
+        filled = (
+            dict.fromkeys(fill(template, row, caption) for caption in row.captions or ("",))
+            for row in self.rows(manifest)
+        )
+        return [tuple(text for text in texts if text) for texts in filled]
+
     def embed(self, texts: Sequence[str]) -> dict:
         """Returns what the model predicts [n …] of texts alone: prompts, for example."""
-        experiment, tokenizer = self.experiment, load_tokenizer(self.experiment.data.tokenizer)
-        ids = np.stack([encode(tokenizer, text, experiment.clip.text_length) for text in texts])
+        tokenizer, length = self.tokenizer, self.experiment.clip.text_length
+        ids = np.stack([encode(tokenizer, text, length) for text in texts])
+        parts = [self._embed(ids[start : start + _TEXTS]) for start in range(0, len(ids), _TEXTS)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _embed(self, ids: np.ndarray) -> dict:
+        experiment, count = self.experiment, len(ids)
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = math.ceil(len(ids) / split) * split
+        rows = math.ceil(count / split) * split
         blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.batch_shapes(rows))
         ids = np.pad(ids, ((0, rows - len(ids)), (0, 0)), mode="edge")
         there = {name: np.full(rows, name == "text") for name in blank.present}
@@ -141,7 +161,7 @@ class Predict:
         batch = jax.tree.map(lambda leaf: leaf[mine], batch)
         with jax.set_mesh(self.mesh):
             values = self.forward(self.params, to_device(batch, self.mesh))
-        return {key: value[: len(texts)] for key, value in _whole(values).items()}
+        return {key: value[:count] for key, value in _whole(values).items()}
 
     def corrupted(self, manifest: str, subsets: Collection[str], name: str) -> dict[int, dict[str, dict]]:
         """Returns severity → subset → predictions of clips under a corruption (vmm/corrupt.py), in one pass; not kept.
@@ -178,11 +198,13 @@ class Predict:
         parts: dict = {(subset, noise): [] for noise in noises for subset in subsets}
         wrong = any(noise is not None and noise[0] == "wrong_caption" for noise in noises)
         captions = self._captions(manifest) if wrong else None
+        account = self.accounts.setdefault(manifest, Account())
         batches = evaluation_batches(
             manifest, experiment.data, experiment.clip, batch=size, host=host, hosts=hosts,
-            views=experiment.evaluation, modalities=experiment.modalities, strict=self.strict,
+            views=experiment.evaluation, modalities=experiment.modalities, strict=self.strict, account=account,
         )  # fmt: skip
         for batch, rows, starts in batches:
+            self.tell(int(rows[batch.valid].max(initial=-1)) + 1, len(account.rows), f"reading {manifest}")
             told = {f"present/{name}": there for name, there in batch.present.items()}
             told |= {f"label/{name}": label for name, label in batch.labels.items()}
             told |= flatten_dict({"target": dict(batch.targets)}, sep="/")
@@ -317,7 +339,9 @@ def evaluate(
     )
     for manifest in manifests:
         if not Path(manifest).is_file():
-            raise UserError(f"dataset {manifest}: no such file; correct evals.*.data or make the data")
+            raise UserError(
+                f"dataset {manifest}: no such file; make the data, or correct evals.*.data (paths begin in {Path.cwd()})"
+            )
     identity = {
         "step": run.step,
         "config": digest(numbers(run.config)),
@@ -332,19 +356,23 @@ def evaluate(
     missing = [suite for suite in wanted if record is None or suite not in record["suites"]]
     if record is None or missing or predictions is not None:
         predict = Predict(run.experiment, weights(run.state), run.mesh)
-        found = measure(run.experiment, predict)
+        with progress("evaluating") as predict.tell:
+            found = measure(run.experiment, predict)
+            suited = {suite: SUITES[suite](run.experiment, predict, found) for suite in missing}
         if record is None:
             record = identity | {
                 "commit": commit(), "values": found.values, "intervals": found.intervals(), "suites": {},
             }  # fmt: skip
         else:
             rows.remove(record)
-        for suite in missing:
-            record["suites"][suite] = SUITES[suite](run.experiment, predict, found)
+        record["suites"] |= suited
         if predictions is not None:
             write_found(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
         # Written whole: nothing can be appended to a file in a bucket.
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*rows, record]))
+        for manifest, account in predict.accounts.items():
+            for told in account.lines(f"{manifest}: "):
+                print(told)
     print_tables(run.experiment, record["values"], record["intervals"])
     for suite in wanted:
         print_suite(suite, record["suites"][suite], record)

@@ -25,6 +25,7 @@ from vmm.encoders import ENCODERS
 from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
+from vmm.evals.scored import Measuring
 from vmm.model import Recipe, blank_memory, loss_function
 from vmm.objectives import OBJECTIVES
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
@@ -171,7 +172,8 @@ class Experiment:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
         objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}
         self.evals = {
-            name: build(EVALS, spec, f"evals.{name}").trained_on(objectives) for name, spec in c.evals.items()
+            name: evaluator.trained_on(objectives) if isinstance(evaluator, Measuring) else evaluator
+            for name, evaluator in ((name, build(EVALS, spec, f"evals.{name}")) for name, spec in c.evals.items())
         }
         watched = self.early.metric.split("/")[0]
         if self.early.metric and watched not in self.evals:

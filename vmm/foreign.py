@@ -14,8 +14,8 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def parse_json(text: str):
-    """Returns the value of a JSON text.
+def parse_json(text: str, halves: bool = False):
+    """Returns the value of a JSON text. halves: lets half of a surrogate pair through, for who replaces it.
 
     Raises:
       ValueError: it is no JSON, is nested more than 100 deep, or holds a whole number beyond 64 bits or half of a
@@ -27,7 +27,7 @@ def parse_json(text: str):
         raise ValueError(f"nested more than {_DEEPEST} deep") from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
         raise ValueError(f"nested more than {_DEEPEST} deep")
-    if _ESCAPED.search(text):
+    if not halves and _ESCAPED.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

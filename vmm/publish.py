@@ -1,8 +1,9 @@
 """vmm publish: a run → a folder in the layout of the Hugging Face Hub; vmm.load: that folder → a model."""
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -18,15 +19,18 @@ from vmm.data import media, text
 from vmm.errors import StorageError, UserError
 from vmm.experiment import Experiment
 from vmm.model import Recipe
+from vmm.plugins import modules
 from vmm.publishing import example
 from vmm.publishing.card import model_card
 from vmm.publishing.check import embed_as
-from vmm.run import Run, open_run, weights
+from vmm.run import Run, from_where, open_run, weights
 from vmm.source import FORMAT, asked_of, base_tensors, experiment_of, fingerprint, open_source
 from vmm.weights import parameter_tree, save_params
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md", example.CLIP, example.RECORD)
 _CHUNK = 64  # clips embedded at a time
+_CHANNELS = 8  # of sound, at most
+_LOUDEST = 2.0  # resampling goes a little beyond 1; integers of 16 bits go to 32768
 
 
 def publish(workdir: str | Path, folder: str | Path, push: str | None = None, adapters: bool = False) -> Path:
@@ -45,11 +49,17 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
       UserError: no run, adapters without a base, or the upload was refused. StorageError: the folder cannot be written.
     """
     run = open_run(workdir)
-    folder = Path(folder)
-    params, config, files = weights(run.state), _published_config(run), FILES
+    folder = Path(folder).absolute()  # "." has no name
+    spells = "text" in run.experiment.modalities
+    if spells and not Path(run.experiment.data.tokenizer).is_file():
+        raise UserError(
+            f"run {workdir}: its tokenizer {run.experiment.data.tokenizer} is not there{from_where(run.config)}"
+        )
+    params, config = weights(run.state), _published_config(run)
+    files = tuple(name for name in FILES if spells or name != "tokenizer.json")
     if adapters:
         own, about = _adapters(run)
-        params, config, files = unflatten_dict(own, sep="."), config | about, ("adapters.safetensors", *FILES[1:])
+        params, config, files = unflatten_dict(own, sep="."), config | about, ("adapters.safetensors", *files[1:])
     else:
         params = run.experiment.merged(jax.device_get(params))
     building = folder.with_name(folder.name + ".part")
@@ -58,11 +68,15 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
         building.mkdir(parents=True)
         save_params(params, building / files[0], {"step": str(run.step)})
         write_text(building / "config.json", json.dumps(config, indent=2) + "\n")
-        # Saved, not copied: its padding may stand in another file beside it.
-        write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
+        if spells:  # saved, not copied: its padding may stand in another file beside it
+            write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
         write_text(building / "README.md", str(model_card(run, adapters)))
         example.write_clip(building / example.CLIP, run.experiment.clip)
-        example.write_record(building, _example(building, run, adapters), (*files[:3], example.CLIP))
+        example.write_record(
+            building,
+            _example(building, run, adapters),
+            tuple(name for name in files if name not in ("README.md", example.RECORD)),
+        )
         # Only our own files are replaced: a folder may be a clone with a history.
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
@@ -98,7 +112,7 @@ def _example(folder: Path, run: Run, adapters: bool) -> dict[str, np.ndarray]:
     given = example.inputs(run.experiment.modalities)
     given = {name: str(folder / value) if value == example.CLIP else value for name, value in given.items()}
     with jax.default_device(cpu):
-        return load_published(folder).embed(**given)
+        return load_published(folder, plugins=modules((run.config["trunk"], run.config["objectives"]))).embed(**given)
 
 
 def _published_config(run: Run) -> dict:
@@ -127,9 +141,11 @@ def _adapters(run: Run) -> tuple[dict, dict]:
     return own, {"base": base, "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
 
 
-def load_published(source: str | Path, base: str | Mapping[str, str] | None = None) -> "Model":
+def load_published(
+    source: str | Path, base: str | Mapping[str, str] | None = None, plugins: Collection[str] = ()
+) -> "Model":
     """Returns the model of a folder or Hub repository, ours or of a known family; see vmm.load."""
-    opened = open_source(source, base)
+    opened = open_source(source, base, plugins)
     experiment = experiment_of(opened)
     return Model(experiment, parameter_tree(opened.tensors, nn.unbox(experiment.shapes), source))
 
@@ -153,11 +169,12 @@ class Model:
 
         Args:
           video: paths of media files (their middle window is taken), or uint8 arrays [T H W 3].
-          audio: paths of media files, or float arrays [S] at the clip's sample rate.
+          audio: paths of media files, or float arrays [S] in [-1, 1] at the clip's sample rate; of [S, channels] and
+            [channels, S] (at most 8 channels) the mean is taken.
           text: strings. Each may be one or a list; lists given together must be of one length.
 
         Raises:
-          UserError: a file cannot be decoded, an array has another shape, or the model lacks the modality.
+          UserError: a file cannot be decoded, an array has another shape or values, or the model lacks the modality.
         """
         given = {"video": video, "audio": audio, "text": text}
         given = {name: _as_list(value) for name, value in given.items() if value is not None}
@@ -216,8 +233,17 @@ class Model:
         if isinstance(value, (str, Path)):
             return self._decode(value, "audio")
         array, samples = np.asarray(value), self.experiment.clip.samples
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
+        if array.ndim == 2 and min(array.shape) <= _CHANNELS < max(array.shape):
+            array = array.mean(int(np.argmin(array.shape)))
+        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.floating):
             raise UserError(f"embed: an audio array must be float [S] in [-1, 1], got {array.dtype} {array.shape}")
+        largest = float(np.abs(array).max())
+        if not largest <= _LOUDEST:  # also where it is not a number
+            raise UserError(
+                f"embed: an audio array must be in [-1, 1], got values up to {largest:g}; divide integers of 16 bits by 32768"
+                if math.isfinite(largest)
+                else "embed: an audio array must be in [-1, 1], and holds values that are not finite"
+            )
         return np.pad(array[:samples].astype(np.float32), (0, max(0, samples - len(array))))
 
     def _text(self, value) -> np.ndarray:
@@ -231,5 +257,13 @@ class Model:
 def _as_list(value) -> list:
     if isinstance(value, (list, tuple)):
         return list(value)
-    batched = isinstance(value, np.ndarray) and value.ndim in (2, 5)  # several waveforms, several videos
-    return list(value) if batched else [value]
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[0] <= _CHANNELS < value.shape[1]:
+        rows = value.shape[0]
+        if rows > 1:
+            raise UserError(
+                f"embed: an array {list(value.shape)} may be {rows} clips or {rows} channels; give list(array) for clips, "
+                "[array] for channels, whose mean is then taken"
+            )
+    several = isinstance(value, np.ndarray) and value.ndim == 5  # videos
+    waves = isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] > _CHANNELS
+    return list(value) if several or waves else [value]

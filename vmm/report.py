@@ -1,10 +1,12 @@
 """vmm report: a run → one self-contained HTML file that shows what it learned; no script, nothing fetched."""
 
 import base64
+import datetime
 import html
 import io
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,17 +14,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
-from vmm.build import write_text
-from vmm.data.loader import evaluation_batches
+import vmm
+from vmm.build import digest, write_text
+from vmm.data.loader import evaluation_batches, mixture
 from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
 from vmm.errors import StorageError, UserError
 from vmm.evals.pictures import Pictures, sheet
 from vmm.evals.tables import grid, show, show_interval
 from vmm.evaluate import Predict
+from vmm.experiment import numbers
 from vmm.model import sample_keys
-from vmm.run import Run, open_run, weights
+from vmm.run import Run, commit, open_run, weights
 from vmm.training.metrics import read_rows
 
 _STYLE = """
@@ -31,6 +36,8 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
 td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; } td:first-child, th:first-child { text-align: left; }
 svg, img { max-width: 100%; height: auto; } .clip { margin: 1.2em 0; } .clip img { display: block; width: 100%; image-rendering: pixelated; }
+svg { width: 100%; } .wide { overflow-x: auto; } td.number { white-space: nowrap; } td.words { text-align: left; }
+.rows { display: flex; } .rows img { flex: 1; min-width: 0; } .rows div { display: flex; flex-direction: column; justify-content: space-around; flex: 0 0 6.5em; font-size: 80%; color: #666; }
 td .note { font-size: 85%; white-space: nowrap; }
 .right { color: #186a3b; font-weight: 600; } .note { color: #666; }
 """
@@ -53,11 +60,11 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     values = evals[-1]["values"] if evals else {}
     # Records of before there were intervals have none.
     ends, suites = (evals[-1].get(key, {}) if evals else {} for key in ("intervals", "suites"))
-    parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics)]
-    parts += ["<h2>Loss</h2>", _losses(metrics)]
+    parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics, evals[-1] if evals else {})]
+    parts += ["<h2>Loss</h2>", _losses(metrics, run.config["objectives"])]
     retrieval = _first(run, "retrieval")
     if retrieval and values:
-        parts += ["<h2>Retrieval against chance</h2>", _retrieval(retrieval, values, ends)]
+        parts += ["<h2>Retrieval against chance</h2>", _retrieval(run, retrieval, values, ends)]
     if not values:
         parts.append(
             '<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>'
@@ -67,7 +74,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
         parts += _reconstructions(run, run.experiment.evals[retrieval].data)
     for name in run.experiment.evals:
         if name != retrieval and values:
-            parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(name, values, ends)]
+            parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(run, name, values, ends)]
         if run.config["evals"][name]["kind"] == "pictures":
             parts += _made_pictures(run, run.experiment.evals[name])
     if suites.get("robustness"):
@@ -106,22 +113,18 @@ def _png(pixels: np.ndarray, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def _losses(metrics: list[dict]) -> str:
-    names = [key for key in metrics[-1] if "/" not in key and isinstance(metrics[-1][key], float)]
-    skip = {
-        "gradient_norm",
-        "learning_rate",
-        "steps_per_second",
-        "clips_per_second",
-        "input_wait",
-        "mfu",
-        "loss",
-        "skipped",
-        "goodput",
-    }
-    total = ["loss", *(name for name in names if name not in skip)]
+def _labelled(pixels: np.ndarray, names: Sequence[str]) -> str:
+    """A picture of as many rows, all of one height, as there are names, each beside its own."""
+    labels = "".join(f"<span>{html.escape(name)}</span>" for name in names)
+    return f'<div class="rows"><div>{labels}</div>{_png(pixels, ", ".join(names))}</div>'
+
+
+def _losses(metrics: list[dict], objectives: Mapping) -> str:
+    """The whole loss and each objective's; beside it their parts, as of each pair of streams."""
+    known = [*objectives, "adversary"]
+    total = ["loss", *(name for name in known if isinstance(metrics[-1].get(name), float))]
     other = ("scale", "accuracy", "balance", "found", "psnr", "psnr_blend")
-    fine = [k for k in metrics[-1] if "/" in k and not k.startswith("health/") and not k.endswith(other)]
+    fine = [key for key in metrics[-1] if key.partition("/")[0] in known and "/" in key and not key.endswith(other)]
     figure, axes = plt.subplots(1, 2 if fine else 1, figsize=(10, 3.4), squeeze=False)
     for axis, keys in zip(axes[0], (total, fine)):
         for key in keys:
@@ -137,7 +140,7 @@ def _losses(metrics: list[dict]) -> str:
     return _svg(figure)
 
 
-def _retrieval(name: str, values: dict, ends: dict) -> str:
+def _retrieval(run: Run, name: str, values: dict, ends: dict) -> str:
     mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
     rows, columns, cells, notes = grid(mine)
     chance = notes.get("chance/R@1", 0.0)
@@ -158,7 +161,7 @@ def _retrieval(name: str, values: dict, ends: dict) -> str:
     axis.set_ylim(0, 100)
     axis.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.16))
     axis.spines[["top", "right"]].set_visible(False)
-    return _svg(figure) + _grid_table(name, values, ends)
+    return _svg(figure) + _grid_table(run, name, values, ends)
 
 
 def _robustness(suite: dict, values: dict) -> str:
@@ -213,22 +216,32 @@ def _calibration(suite: dict) -> str:
     return _svg(figure) + f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _grid_table(name: str, values: dict, ends: dict) -> str:
+def _grid_table(run: Run, name: str, values: dict, ends: dict) -> str:
     mine = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
     rows, columns, cells, notes = grid(mine)
+    # By chance, of each column: as the evaluator says, else one of the label's classes.
+    chance = {column: 1 / classes for column, classes in run.experiment.data.labels.items() if column in columns}
+    chance |= {column: notes.pop(f"chance/{column}") for column in columns if f"chance/{column}" in notes}
     texts = {
-        (row, column): f"<td>{show(column, cells.get((row, column)))} "
-        f"<span class='note'>{show_interval(column, ends.get(f'{name}/{row}/{column}'))}</span></td>"
+        (row, column): _cell(column, cells.get((row, column)), ends.get(f"{name}/{row}/{column}"))
         for row in rows
         for column in columns
     }
+    if chance:
+        texts |= {("chance", column): _cell(column, chance.get(column), None) for column in columns}
+        rows = [*rows, "chance"]
     if len(columns) > len(rows):  # the longer side runs down: a page is narrow
         rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
     lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>"]
     for row in rows:
         lines.append(f"<tr><td>{html.escape(row)}</td>" + "".join(texts[row, column] for column in columns) + "</tr>")
     caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())
-    return f'<table>{"".join(lines)}</table><p class="note">{html.escape(caption)}</p>'
+    small = "; small: 95 % interval, bootstrap over clips" if ends else ""
+    return f'<div class="wide"><table>{"".join(lines)}</table></div><p class="note">{html.escape(caption)}{small}</p>'
+
+
+def _cell(column: str, value: float | None, ends: Sequence[float] | None) -> str:
+    return f'<td class="number">{show(column, value)} <span class="note">{show_interval(column, ends)}</span></td>'
 
 
 def _similarity(run: Run, name: str) -> list[str]:
@@ -254,32 +267,32 @@ def _similarity(run: Run, name: str) -> list[str]:
         _svg(figure),
     ]
     manifest = read_manifest(evaluator.data, bool(run.experiment.data.remote))
-    numbers = rows["row"][complete]
+    places = rows["row"][complete]
     query = sum(rows[key][complete] for key in streams)
     scores = query @ texts.T
-    batch = _first_clips(run, evaluator.data, numbers[:_CLIPS])
+    batch = _first_clips(run, evaluator.data, places[:_CLIPS])
     parts.append(
         "<h2>Clips and their nearest captions</h2><p>By the sum of the clip's embeddings; its own caption is green.</p>"
     )
     for i, video in enumerate(batch.inputs["video"]):
         lines = []
         for j in np.argsort(-scores[i])[:3]:
-            text = html.escape(manifest[numbers[j]].captions[0])
+            text = html.escape(manifest[places[j]].captions[0])
             lines.append(
                 f'<li{" class=right" if j == i else ""}>{text} <span class="note">{scores[i, j] / len(streams):.2f}</span></li>'
             )
         strip = np.concatenate(list(video), axis=1)
-        parts.append(
-            f'<div class="clip">{_png(strip, manifest[numbers[i]].captions[0])}<ol>{"".join(lines)}</ol></div>'
-        )
+        parts.append(f'<div class="clip">{_png(strip, manifest[places[i]].captions[0])}<ol>{"".join(lines)}</ol></div>')
     return parts
 
 
 def _first_clips(run: Run, manifest: str, wanted: np.ndarray):
     """Returns a Batch of the wanted rows of a manifest."""
     found = {}
-    for batch, numbers, _ in evaluation_batches(manifest, run.experiment.data, run.experiment.clip, batch=32):
-        for place, number in enumerate(numbers):
+    experiment = run.experiment
+    batches = evaluation_batches(manifest, experiment.data, experiment.clip, batch=32, modalities=experiment.modalities)
+    for batch, rows, _ in batches:
+        for place, number in enumerate(rows):
             if number in wanted:
                 found[int(number)] = jax.tree.map(lambda leaf, place=place: leaf[place], batch)
         if len(found) == len(wanted):
@@ -295,7 +308,7 @@ def _made_pictures(run: Run, evaluator: Pictures) -> list[str]:
     draw = jax.jit(lambda p, b: recipe.apply(p, b, evaluator.objective, keys, method="draw"))
     drawn = jax.device_get(draw({"params": weights(run.state)}, batch))
     words = "Each clip from above: the truth, what the model makes of it, the blend of the shown frames, the nearest of them."
-    picture = _png(sheet(drawn, range(count)), "truth, made, blend, nearest")
+    picture = _labelled(sheet(drawn, range(count)), ("truth", "made", "blend", "nearest") * count)
     return [f"<p>{words}</p>", f'<div class="clip">{picture}</div>']
 
 
@@ -331,25 +344,30 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
             parts += [f'<div class="clip">{draw(run, three)}</div>' for three in pictures]
     if f"{name}/text" in said:
         tokenizer = load_tokenizer(run.experiment.data.tokenizer)
-        padding, special = padding_id(tokenizer), list(special_ids(tokenizer))
-        underscore = tokenizer.encode(" _", add_special_tokens=False).ids[0]
+        padding, special = padding_id(tokenizer), special_ids(tokenizer)
         lines = []
         for i in range(_CLIPS):
             ids = batch.inputs["text"][i]
             if batch.present["text"][i]:
-                guess, blank = ids.copy(), ids.copy()
-                hidden = said["hidden/text"][i]
+                guess, hidden = ids.copy(), said["hidden/text"][i]
                 guess[hidden] = np.where(ids[hidden] != padding, said[f"{name}/text"][i].argmax(-1), padding)
-                blank[hidden] = np.where(np.isin(ids[hidden], special), ids[hidden], underscore)
-                lines.append(
-                    "<tr>"
-                    + "".join(f"<td>{html.escape(decode_ids(tokenizer, t))}</td>" for t in (ids, blank, guess))
-                    + "</tr>"
-                )
+                blank = with_blanks(tokenizer, ids, {int(place) for place in hidden if int(ids[place]) not in special})
+                texts = (decode_ids(tokenizer, ids), blank, decode_ids(tokenizer, guess))
+                cells = "".join(f'<td class="words">{html.escape(text)}</td>' for text in texts)
+                lines.append(f"<tr>{cells}</tr>")
         parts.append(
             f"<table><tr><th>original</th><th>shown (_ hidden)</th><th>reconstruction</th></tr>{''.join(lines)}</table>"
         )
     return parts
+
+
+def with_blanks(tokenizer: Tokenizer, ids: Sequence[int], hidden: Collection[int]) -> str:
+    """Returns the text of ids [L] with a _ for each of the hidden places, whatever the tokenizer makes of a _."""
+    parts = []
+    for blank, places in itertools.groupby(range(len(ids)), key=lambda place: place in hidden):
+        places = list(places)
+        parts += ["_"] * len(places) if blank else [decode_ids(tokenizer, [ids[place] for place in places])]
+    return " ".join(part for part in parts if part)
 
 
 def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardised: bool | str) -> list[np.ndarray]:
@@ -374,7 +392,7 @@ def _draw_video(run: Run, three: list[np.ndarray]) -> str:
         video = patches.reshape(*grid_shape, p, q, r, 3).transpose(0, 3, 1, 4, 2, 5, 6)
         video = video.reshape(clip.frames, clip.size, clip.size, 3)
         rows.append(np.concatenate(list(np.clip(video / 2 + 0.5, 0, 1)), axis=1))
-    return _png(np.concatenate(rows, axis=0), "original, shown, reconstruction")
+    return _labelled(np.concatenate(rows, axis=0), ("original", "shown", "reconstruction"))
 
 
 def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
@@ -409,11 +427,18 @@ def _ablation(folder: Path) -> list[str]:
     table = json.loads(path.read_text(encoding="utf-8"))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table[0])
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>" for line in table
+        "<tr>" + "".join(f'<td class="number">{html.escape(cell)}</td>' for cell in line.values()) + "</tr>"
+        for line in table
+    )
+    several = any("±" in cell for line in table for cell in line.values())
+    note = (
+        "mean ± 95 % interval over seeds"
+        if several
+        else "one seed each: no interval, so that a difference may be chance"
     )
     return [
         f"<h2>Ablation {html.escape(folder.resolve().name)}</h2>",
-        f"<table><tr>{head}</tr>{rows}</table><p class='note'>Accuracy in %, mean ± 95 % interval over seeds.</p>",
+        f"<div class='wide'><table><tr>{head}</tr>{rows}</table></div><p class='note'>Accuracy in %, {note}.</p>",
     ]
 
 
@@ -425,13 +450,19 @@ def _speed(metrics: list[dict], key: str, read: Callable = np.median) -> float:
     return float(read(values[1:] or values))
 
 
-def _summary(run: Run, metrics: list[dict]) -> str:
+def _summary(run: Run, metrics: list[dict], record: Mapping) -> str:
+    """What the run is and where its numbers come from. record: of its evaluation, {} without one."""
     c = run.experiment.config
+    manifests = [part.manifest for part in mixture(c.data["train"]).values()]
     facts = {
         "model": f"{' + '.join(c.trunk['encoders'])}, fusion {c.trunk['fusion']['kind']}, {run.experiment.parameters():,} parameters",
         "training": f"step {run.step} of {c.steps}, batch {c.batch}, {_speed(metrics, 'clips_per_second'):.0f} clips/s, "
         f"{100 * _speed(metrics, 'input_wait'):.1f} % of the time waiting for input",
         "loss": f"{metrics[0]['loss']:.3f} → {metrics[-1]['loss']:.3f}",
+        "data": ", ".join(manifests),
+        "config": f"{digest(numbers(run.config))} (config.json of the run), seed {c.seed}",
+        "evaluated": f"commit {record['commit']}" if record.get("commit") else "not yet",
+        "drawn": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, vmm {vmm.__version__}, commit {commit()}",
     }
     return (
         "<table>"

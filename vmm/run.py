@@ -1,6 +1,7 @@
 """A finished or unfinished run on disk: its config, its newest weights, its records."""
 
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,11 @@ class Run(NamedTuple):
     step: int
 
 
-def open_run(workdir: str | Path, alone: bool = False) -> Run:
+def open_run(workdir: str | Path, alone: bool = False, plugins: Collection[str] | None = None) -> Run:
     """Reads the newest checkpoint of a run; with early stopping, the best one so far.
 
-    alone: onto this process's first device, whatever devices the run is for; else onto its mesh.
+    alone: onto this process's first device, whatever devices the run is for; else onto its mesh. plugins: as of load_config;
+    None: the run is one's own.
 
     Raises:
       UserError: no run in the workdir, or nothing saved yet.
@@ -40,7 +42,7 @@ def open_run(workdir: str | Path, alone: bool = False) -> Run:
     use_compilation_cache()  # evaluation, publishing and report share what they compile
     if not (workdir / "config.json").is_file():
         raise UserError(f"run {workdir}: holds no config.json; give the workdir of a `vmm train`")
-    config = load_config(str(workdir / "config.json"))
+    config = load_config(str(workdir / "config.json"), plugins=plugins)
     experiment = Experiment(config)
     mesh = make_mesh(MeshShape(), jax.local_devices()[:1]) if alone else experiment.make_mesh()
     program = experiment.program(mesh)
@@ -55,6 +57,13 @@ def open_run(workdir: str | Path, alone: bool = False) -> Run:
         saved = checkpoints.restore(program.shapes, best)
     checkpoints.close()
     return Run(workdir, config, experiment, mesh, saved.state, saved.step)
+
+
+def from_where(config: dict) -> str:
+    """Returns the tail of an error line on a file that a run's config names and that is not here."""
+    if Path(config["data"].get("tokenizer") or "/").is_absolute():
+        return "; put it back, or correct config.json"
+    return f": relative paths of a run begin in the folder where it was trained, not in {Path.cwd()}; run this there"
 
 
 def weights(state: State):

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,13 @@ from usearch.index import Index
 
 import vmm
 from vmm.build import write_text
+from vmm.data.account import Account
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
 from vmm.foreign import parse_json
+from vmm.progress import progress
 from vmm.weights.tensors import save_arrays
 
 FORMAT = 1
@@ -51,7 +53,7 @@ class Similar:
         """Raises UserError: no index in the folder, or not whole."""
         self.folder = Path(folder)
         try:
-            self.about = parse_json((self.folder / "index.json").read_text(encoding="utf-8"))
+            self.about = parse_json((self.folder / "index.json").read_text(encoding="utf-8-sig"))
             # Not splitlines(): a caption may hold U+2028.
             self.items = [
                 parse_json(line) for line in (self.folder / "items.jsonl").read_text("utf-8").split("\n") if line
@@ -129,14 +131,20 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def embed_clips(
-    model, manifest: str, streams: Sequence[str] = (), stride: float = 0.0
+    model,
+    manifest: str,
+    streams: Sequence[str] = (),
+    stride: float = 0.0,
+    account: Account | None = None,
+    tell: Callable[..., None] = lambda *_: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns unit vectors [n E] of a manifest's clips, and the rows [n] that they are of: those that have any of the streams.
 
     A clip's vector is the sum of its streams' unit embeddings (of a model with a contrastive objective).
 
     model: from vmm.load. streams: of the model's, all but text by default. stride: seconds between the windows of a long clip,
-    whose vectors are summed; 0: its middle window alone.
+    whose vectors are summed; 0: its middle window alone. account: is told what becomes of the files. tell: called with
+    (clips done, all clips).
 
     Raises:
       UserError: a stream that the model lacks, or streams whose embeddings cannot be summed.
@@ -147,13 +155,17 @@ def embed_clips(
         if name not in known:
             raise UserError(f"index: the model has no stream {name!r}; {one_of(name, known)}")
     data = dataclasses.replace(model.experiment.data, labels={}, tags={}, targets={}, text="{caption}")
-    if not data.tokenizer:
+    if "text" in known and not data.tokenizer:
         raise UserError("index: the model was published without a tokenizer.json; put its own beside config.json")
     embed = jax.jit(lambda params, inputs: model.recipe.apply({"params": params}, inputs, method="embed"))
     total, rows = [], []
-    for batch, row, _ in evaluation_batches(
-        manifest, data, model.experiment.clip, batch=16, views=EvaluationViews(stride=stride), modalities=known
-    ):
+    account = Account() if account is None else account
+    batches = evaluation_batches(
+        manifest, data, model.experiment.clip, batch=16, views=EvaluationViews(stride=stride), modalities=known,
+        account=account,
+    )  # fmt: skip
+    for batch, row, _ in batches:
+        tell(int(row[batch.valid].max(initial=-1)) + 1, len(account.rows))
         values = jax.device_get(embed(model.params, {name: batch.inputs[name] for name in streams}))
         widths = {value.shape[1] for value in values.values()}
         if len(widths) > 1:
@@ -181,7 +193,11 @@ def write_index(
       UserError: as embed_clips, or no clip that has any of the streams.
     """
     folder, loaded = Path(folder), vmm.load(model)
-    vectors, of_clip = embed_clips(loaded, manifest, streams, stride)
+    account = Account()
+    with progress(f"embedding {manifest}") as tell:
+        vectors, of_clip = embed_clips(loaded, manifest, streams, stride, account, tell)
+    for told in account.lines():
+        print(told)
     if not len(vectors):
         raise UserError(f"dataset {manifest}: no clip has any of the streams {', '.join(streams) or 'of the model'}")
     rows = read_manifest(manifest, bool(loaded.experiment.data.remote))

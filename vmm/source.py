@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from vmm.build import plain
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError, one_of
 from vmm.experiment import Experiment
+from vmm.plugins import admit
 from vmm.run import open_run, weights
 from vmm.sizes import check_claims
 from vmm.weights import fit, load_tensors, parameter_tree
@@ -52,29 +54,32 @@ class Source(NamedTuple):
     tokenizer: Path | None
 
 
-def open_source(source: str | Path, base: str | Mapping[str, str] | None = None) -> Source:
+def open_source(
+    source: str | Path, base: str | Mapping[str, str] | None = None, plugins: Collection[str] = ()
+) -> Source:
     """Reads a folder, or a Hub repository ("owner/name[@revision]"). Nothing is ever unpickled.
 
     base: of a folder of adapters (`vmm publish --adapters`): what they are put on, as `init_from`; None: where it was
-    when they were trained.
+    when they were trained. plugins: modules that may be imported for kinds that are named by import path (plugins.py).
 
     Raises:
-      UserError: there is none, it is not whole, or of a format or family that is not known.
+      UserError: there is none, it is not whole, names a kind whose module is not allowed, or of a format or family that is not known.
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = _from_hub(str(source))
+        folder = _from_hub(source)
     run = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     config = {}
     if not run and (not list(folder.glob("*.npz")) or (folder / "config.json").is_file()):
         config = read_config(folder)
+    admit(config, plugins, folder)
     ours = config.get("library_name") == "vmm"
     if ours and "base" in config:
         return _adapted(folder, config, base)
     if base is not None:
         raise UserError(f"{source}: holds a whole model, no adapters; leave `base` out")
     if run:
-        return _run(folder)
+        return _run(folder, plugins)
     if ours:
         return _vmm(folder, config)
     if "model_type" not in config and not list(folder.glob("*.npz")):
@@ -123,13 +128,21 @@ def asked_of(data: Mapping) -> dict:
     return {key: data[key] for key in ASKED if key in data}
 
 
-def _run(folder: Path) -> Source:
-    run = open_run(folder, alone=True)
+def _run(folder: Path, plugins: Collection[str]) -> Source:
+    run = open_run(folder, alone=True, plugins=plugins)
     flat = flatten_dict(run.experiment.merged(jax.device_get(weights(run.state))), sep=".")
     data = run.config["data"]
     model = {key: run.config[key] for key in ("trunk", "views", "objectives", "balance") if key in run.config}
     tensors = {name: np.asarray(value) for name, value in flat.items()}
-    return Source("run", model, data.get("clip", {}), asked_of(data), tensors, [], Path(data["tokenizer"]))
+    return Source(
+        "run",
+        model,
+        data.get("clip", {}),
+        asked_of(data),
+        tensors,
+        [],
+        Path(data["tokenizer"]) if data.get("tokenizer") else None,
+    )
 
 
 def experiment_of(source: Source, adapt: tuple = ()) -> Experiment:
@@ -251,7 +264,13 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
     return source._replace(tensors=flatten_dict(experiment.merged(tree), sep="."))
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str | Path) -> Path:
+    # What cannot be a name of the Hub, or begins with a folder that is here, is a path: the Hub is not asked for it.
+    words = str(source).partition("@")[0].split("/")
+    if len(words) != 2 or not all(words) or words[0] in (".", "..") or Path(words[0]).is_dir():
+        raise UserError(f"{source}: no such folder; give a published folder, a run, or OWNER/NAME of the Hub")
+    source = str(source)
+    print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
     from huggingface_hub import snapshot_download  # slow to import, and most sources are folders
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

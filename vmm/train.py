@@ -10,13 +10,14 @@ import jax
 
 from vmm.build import differences, digest, load_config, plain, save_config
 from vmm.convert import warm_start
-from vmm.data.loader import Loader, bad_list, bad_summary, remark_summary
+from vmm.data.loader import Loader
 from vmm.data.manifest import changes, identity
 from vmm.errors import Preempted, UserError, one_of
 from vmm.evaluate import run_evals
 from vmm.experiment import Experiment, numbers
 from vmm.objectives import OBJECTIVES
 from vmm.paths import to_path
+from vmm.plugins import admit
 from vmm.run import weights
 from vmm.sharding import check_batch, host_place, place_batch, platform, to_device
 from vmm.teachers import open_teachers
@@ -55,6 +56,7 @@ def train(
     use_compilation_cache()
     if platform() == "cpu":
         keep_freed_memory()
+    admit(config)
     experiment = Experiment(config)
     c = experiment.config
     if not c.objectives:
@@ -231,12 +233,8 @@ def train(
             # ---- the end -------------------------------------------------------------------------
             if stopped and first_process:
                 print(stopped, flush=True)
-            if source.bad:
-                print(
-                    f"{len(source.bad)} files could not be decoded ({bad_summary(source.bad)}):\n{bad_list(source.bad)}"
-                )
-            if source.remarks:
-                print(f"files that were not decoded just as they are: {remark_summary(source.remarks)}")
+            for told in source.account.lines():
+                print(told)
             return last
 
 

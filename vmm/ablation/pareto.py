@@ -35,7 +35,7 @@ def draw(
     figure, axes = plt.subplots(
         1, len(costs), figsize=(4.2 * len(costs), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    scores, halves = 100 * np.asarray(scores), 100 * np.nan_to_num(np.asarray(halves))
+    scores, bars = 100 * np.asarray(scores), 100 * np.nan_to_num(np.asarray(halves))
     colours = plt.colormaps["tab10" if len(names) <= 10 else "tab20"]
     marks = "osD^vPX*<>"
     for axis, (label, values) in zip(axes[0], costs.items()):
@@ -45,7 +45,7 @@ def draw(
         )
         for i, name in enumerate(names):
             axis.errorbar(
-                values[i], scores[i], halves[i], fmt=marks[i % len(marks)], color=colours(i % colours.N), label=name,
+                values[i], scores[i], bars[i], fmt=marks[i % len(marks)], color=colours(i % colours.N), label=name,
                 capsize=2, elinewidth=1, markersize=6,
             )  # fmt: skip
         axis.set_xlabel(label)
@@ -54,6 +54,8 @@ def draw(
         if max(values) > 8 * min(values) > 0:
             axis.set_xscale("log")
     axes[0, 0].set_ylabel(f"{score}, %")
+    if not np.isfinite(np.asarray(halves, float)).any():
+        figure.suptitle("one seed each: no interval, so that a difference may be chance", fontsize=9, color="#666666")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(names)), fontsize=8, frameon=False)
     for path in paths:

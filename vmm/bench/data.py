@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import av
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vmm.bench import clips, decode, wait, workers
 from vmm.build import write_text
 from vmm.data.samples import Clip
 from vmm.errors import StorageError, UserError
+from vmm.progress import progress
 
 
 class Settings(NamedTuple):
@@ -49,13 +49,11 @@ def bench_data(settings: Settings) -> dict:
     _check(settings)
     told = {"machine": {"cores": os.cpu_count(), "python": platform.python_version(), "av": av.__version__}}
     window = decode.Window()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console()
-    with Progress(*columns, transient=True, console=console) as bar:
-        task = bar.add_task("", total=None)
+    with progress("starting") as tell:
 
         def say(words: str) -> None:
-            bar.update(task, description=words)
+            tell(doing=words)
 
         parts = set(settings.parts)
         samples = []

@@ -4,32 +4,34 @@ import functools
 import os
 from pathlib import Path
 
+from vmm.flags import number, whole
+
 
 def add(data) -> None:
     """Adds the commands below `vmm data` to its subparsers."""
     world = data.add_parser("world", help="write the synthetic world: mp4 files whose labels are known")
     world.add_argument("folder", type=Path)
-    world.add_argument("--train", type=int, default=2304, help="clips of the training split (default %(default)s)")
-    world.add_argument("--validation", type=int, default=288, help="default %(default)s")
-    world.add_argument("--test", type=int, default=288, help="default %(default)s")
-    world.add_argument("--seed", type=int, default=0)
+    world.add_argument("--train", type=whole(0), default=4608, help="clips of the training split (default %(default)s)")
+    world.add_argument("--validation", type=whole(0), default=576, help="default %(default)s")
+    world.add_argument("--test", type=whole(0), default=288, help="default %(default)s")
+    world.add_argument("--seed", type=whole(0), default=0)
     world.add_argument(
-        "--missing", type=float, default=1 / 9, help="share of clips without sound or caption (default 1/9)"
+        "--missing", type=number(0, 1), default=1 / 9, help="share of clips without sound or caption (default 1/9)"
     )
     world.set_defaults(run=_world)
 
     scenes = data.add_parser("scenes", help="write longer synthetic clips: events, places, subtitles, questions")
     scenes.add_argument("folder", type=Path)
-    scenes.add_argument("--train", type=int, default=512, help="clips of the training split (default %(default)s)")
-    scenes.add_argument("--validation", type=int, default=64, help="default %(default)s")
-    scenes.add_argument("--test", type=int, default=128, help="default %(default)s")
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--train", type=whole(0), default=512, help="clips of the training split (default %(default)s)")
+    scenes.add_argument("--validation", type=whole(0), default=64, help="default %(default)s")
+    scenes.add_argument("--test", type=whole(0), default=128, help="default %(default)s")
+    scenes.add_argument("--seed", type=whole(0), default=0)
     scenes.set_defaults(run=_scenes)
 
     tokenizer = data.add_parser("tokenizer", help="train a tokenizer on a manifest's captions")
     tokenizer.add_argument("manifest", type=Path)
     tokenizer.add_argument("out", type=Path)
-    tokenizer.add_argument("--vocabulary", type=int, default=512, help="entries at most (default %(default)s)")
+    tokenizer.add_argument("--vocabulary", type=whole(1), default=512, help="entries at most (default %(default)s)")
     tokenizer.add_argument(
         "--kind", choices=("bpe", "wordpiece", "unigram"), default="bpe",
         help="of CLIP, of BERT, or SentencePiece's, of SigLIP (default %(default)s)",
@@ -47,20 +49,33 @@ def add(data) -> None:
     build.add_argument("--clips", action="store_true", help="media named by a video's id alone are cut clips already")
     build.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
     build.add_argument("--keep", action="store_true", help="store the original bytes")
-    build.add_argument("--short-side", type=int, default=256, help="pixels, never scaled up (default %(default)s)")
-    build.add_argument("--gop", type=int, default=30, help="frames between key frames (default %(default)s)")
-    build.add_argument("--cut", choices=("whole", "windows", "shots"), default="whole", help="clips without a span")
-    build.add_argument("--seconds", type=float, default=10.0, help="length of windows, longest shot (%(default)s)")
-    build.add_argument("--shard", type=int, default=512, help="source clips a shard (default %(default)s)")
-    build.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: all cores)")
     build.add_argument(
-        "--timeout", type=float, default=120.0, help="processor seconds for one file (default %(default)s)"
+        "--short-side", type=whole(16), default=256, help="pixels, never scaled up (default %(default)s)"
     )
-    build.add_argument("--memory", type=float, default=2.0, help="GiB for one file (default %(default)s)")
-    build.add_argument("--max-bytes", type=float, default=1e9, help="of one file (default %(default)s)")
-    build.add_argument("--max-frames", type=int, default=50000, help="of one clip (default %(default)s)")
+    build.add_argument("--gop", type=whole(1), default=30, help="frames between key frames (default %(default)s)")
+    build.add_argument("--cut", choices=("whole", "windows", "shots"), default="whole", help="clips without a span")
+    build.add_argument(
+        "--seconds", type=number(0, above=True), default=10.0, help="length of windows, longest shot (%(default)s)"
+    )
+    build.add_argument("--shard", type=whole(1), default=512, help="source clips a shard (default %(default)s)")
+    build.add_argument(
+        "--workers", type=whole(1), default=os.cpu_count(), help="decoding processes (default: all cores)"
+    )
+    build.add_argument(
+        "--timeout",
+        type=number(0, above=True),
+        default=120.0,
+        help="processor seconds for one file (default %(default)s)",
+    )
+    build.add_argument(
+        "--memory", type=number(0, above=True), default=2.0, help="GiB for one file (default %(default)s)"
+    )
+    build.add_argument("--max-bytes", type=number(1), default=1e9, help="of one file (default %(default)s)")
+    build.add_argument("--max-frames", type=whole(1), default=50000, help="of one clip (default %(default)s)")
     build.add_argument("--classes", type=Path, help="classes.json of another split: the same indices")
-    build.add_argument("--budget", type=float, default=0.01, help="share that may be left out (default %(default)s)")
+    build.add_argument(
+        "--budget", type=number(0, 1), default=0.01, help="share that may be left out (default %(default)s)"
+    )
     build.add_argument("--runner", help="build shards in an Apache Beam pipeline, as DirectRunner, FlinkRunner")
     build.add_argument("--runner-option", action="append", default=[], metavar="--FLAG=VALUE", help="of the pipeline")
     build.set_defaults(run=_build)
@@ -71,7 +86,7 @@ def add(data) -> None:
 
     check = data.add_parser("check", help="verify every hash and count of a dataset, and say what is in it")
     check.add_argument("dataset", type=Path, help="folder of a build, or a manifest")
-    check.add_argument("--sample", type=int, metavar="N", help="verify N clips (default: all); files always are")
+    check.add_argument("--sample", type=whole(0), metavar="N", help="verify N clips (default: all); files always are")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write what is found as JSON")
     check.set_defaults(run=_check)
 
@@ -84,8 +99,8 @@ def add(data) -> None:
     show = data.add_parser("show", help="draw clips and what was left out as one self-contained HTML page")
     show.add_argument("dataset", type=Path, help="folder of a build, or a manifest")
     show.add_argument("--out", type=Path, required=True, help="the page to write")
-    show.add_argument("--clips", type=int, default=24, help="drawn at random (default %(default)s)")
-    show.add_argument("--seed", type=int, default=0, help="which ones (default %(default)s)")
+    show.add_argument("--clips", type=whole(1), default=24, help="drawn at random (default %(default)s)")
+    show.add_argument("--seed", type=whole(0), default=0, help="which ones (default %(default)s)")
     show.set_defaults(run=_show)
 
 
@@ -102,14 +117,11 @@ def _scenes(args) -> None:
 
 
 def _generate(args, generate) -> None:
-    from rich.progress import Progress
+    from vmm.progress import progress
 
     sizes = {"train": args.train, "validation": args.validation, "test": args.test}
-    with Progress(transient=True) as bar:
-        task = bar.add_task("writing clips", total=sum(sizes.values()))
-        generate(
-            args.folder, sizes, args.seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with progress("writing clips") as tell:
+        generate(args.folder, sizes, args.seed, progress=tell)
     print(f"{args.folder}: {sum(sizes.values())} clips, {', '.join(f'{k} {v}' for k, v in sizes.items())}")
 
 
@@ -120,7 +132,9 @@ def _tokenizer(args) -> None:
 
     captions = [text for row in read_manifest(args.manifest) for text in row.captions]
     if not captions:
-        raise UserError(f"dataset {args.manifest}: no clip has a caption, so there is nothing to train a tokenizer on")
+        raise UserError(
+            f"dataset {args.manifest}: no clip has a caption to train a tokenizer on; a model without text needs none"
+        )
     tokenizer = train_tokenizer(captions, args.vocabulary, args.kind)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out))
@@ -128,13 +142,12 @@ def _tokenizer(args) -> None:
 
 
 def _build(args) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from vmm.data.building.build import Settings, build
     from vmm.data.building.classes import read_classes
     from vmm.data.building.transcode import Storage
     from vmm.data.sandbox import Limits
     from vmm.data.sources import open_source
+    from vmm.progress import progress
 
     columns = dict(item.partition("=")[::2] for item in args.column)
     options = {
@@ -158,13 +171,8 @@ def _build(args) -> None:
         from vmm.data.building.beam import spread_over_beam
 
         spread = functools.partial(spread_over_beam, str(args.out.resolve()), args.runner, args.runner_option)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(f"building from {kind}", total=None)
-        told = build(
-            entries, args.out, settings, max(1, args.workers),
-            lambda done, total: bar.update(task, completed=done, total=total), spread,
-        )  # fmt: skip
+    with progress(f"building from {kind}") as tell:
+        told = build(entries, args.out, settings, args.workers, tell, spread)
     lost = ", ".join(f"{count} {reason}" for reason, count in told["left_out"].items()) or "none"
     print(
         f"{args.out}: {told['clips']} clips in {len(told['files']) - 4} shards; left out: {lost}; "
@@ -194,22 +202,15 @@ def _check(args) -> None:
     import json
     import sys
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from vmm.data.inspection.check import check
     from vmm.data.inspection.survey import print_survey, survey
     from vmm.errors import StorageError, UserError
+    from vmm.progress import progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        tasks = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(f"reading {what}", total=total)
-            bar.update(tasks[what], completed=done)
-
-        found = check(args.dataset, args.sample, progress=progress)
+    with progress("reading") as tell:
+        found = check(
+            args.dataset, args.sample, progress=lambda what, done, total: tell(done, total, f"reading {what}")
+        )
     told = {"dataset": str(args.dataset), "files_checked": found.files, "clips_checked": found.clips}
     if found.dataset is not None:
         numbers = survey(found.dataset)
@@ -245,14 +246,9 @@ def _compare(args) -> None:
 
 
 def _show(args) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from vmm.data.inspection.show import show
+    from vmm.progress import progress
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as bar:
-        task = bar.add_task("drawing clips", total=None)
-        count, failed = show(
-            args.dataset, args.out, args.clips, args.seed,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with progress("drawing clips") as tell:
+        count, failed = show(args.dataset, args.out, args.clips, args.seed, tell)
     print(f"{args.out}: {count} clips" + (f", {failed} of them could not be decoded" if failed else ""))

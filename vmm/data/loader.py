@@ -8,9 +8,8 @@ import dataclasses
 import gc
 import logging
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -18,21 +17,13 @@ from absl import flags
 
 from vmm.build import make
 from vmm.data import media
+from vmm.data.account import Account, bad_list, bad_summary
 from vmm.data.manifest import Row, manifest_digest, read_manifest
 from vmm.data.order import Order, Part, split_buckets
-from vmm.data.reading.problems import REMARKS, from_bits
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, Samples, bucket_clips, stack
 from vmm.data.targets import check_texts, make_targets
 from vmm.errors import DataBudgetError, UserError
 from vmm.types import MODALITIES, Batch
-
-
-class Bad(NamedTuple):
-    """A file that gave nothing: its row in the manifest, and why."""
-
-    id: str
-    path: str
-    reason: str
 
 
 def _copied(sample: dict) -> dict:
@@ -74,8 +65,7 @@ def _start_worker(worker: int, workers: int) -> None:
 class Loader:
     """Batches of this host from `start` on. Iterate it; close() stops its threads and processes.
 
-    bad: row → Bad of every file that failed so far.
-    remarks: remark → rows of the files of which decoding had to guess, drop or stretch something so far.
+    account: what became of the files so far.
     """
 
     def __init__(
@@ -91,8 +81,7 @@ class Loader:
         rows, parts = load_mixture(data)
         if batch % hosts:
             raise UserError(f"batch: {batch} clips do not divide over {hosts} hosts")
-        self.rows, self.budget, self.bad, self.workers = rows, data.budget, {}, data.workers
-        self.remarks: dict[str, set[int]] = {}
+        self.rows, self.budget, self.workers, self.account = rows, data.budget, data.workers, Account(rows)
         local = batch // hosts
         samples = Samples(rows, data, clip, augment, seed, modalities)
         buckets = [parts]
@@ -122,28 +111,21 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         # Not `for`, which would hold Grain's iterator for as long as this generator lives: close() must end it.
         while (sample := next(self.iterator, None)) is not None:
-            self._account(sample["failed"], sample["reason"])
-            self._remark(sample["row"], sample["remarks"])
+            self.account.add(sample)
+            self._check_budget()
             # What a worker process gives lies in shared memory, which must be free when it ends: also while
             # whoever iterates holds this generator.
             batch = to_batch(_copied(sample) if self.workers else sample)
             del sample
             yield batch
 
-    def _account(self, failed: np.ndarray, reason: np.ndarray) -> None:
-        for row, why in zip(failed.tolist(), reason.tolist()):
-            if row >= 0:
-                self.bad[row] = Bad(self.rows[row].id, self.rows[row].path, media.REASONS[why])
-        if len(self.bad) > self.budget * len(self.rows):
+    def _check_budget(self) -> None:
+        bad = self.account.bad
+        if len(bad) > self.budget * len(self.rows):
             raise DataBudgetError(
-                f"{len(self.bad)} of {len(self.rows)} files could not be decoded, more than the budget of "
-                f"{self.budget:.1%} (data.budget); {bad_summary(self.bad)}\n{bad_list(self.bad)}"
+                f"{len(bad)} of {len(self.rows)} files could not be decoded, more than the budget of "
+                f"{self.budget:.1%} (data.budget); {bad_summary(bad)}\n{bad_list(bad)}"
             )
-
-    def _remark(self, rows: np.ndarray, remarks: np.ndarray) -> None:
-        for place in np.flatnonzero(remarks).tolist():
-            for name in from_bits(int(remarks[place])):
-                self.remarks.setdefault(name, set()).add(int(rows[place]))
 
     def planned(self, step: int) -> list[dict]:
         """Returns index, clip and epoch of each sample of a step's global batch, in its order; the first step is 0."""
@@ -232,39 +214,23 @@ def _check_labels(rows: list[Row], data: Data, where: str | Path | None = None) 
             raise UserError(f"{error} ({where})") from None
 
 
-def bad_summary(bad: Mapping) -> str:
-    """Returns the counts by reason, as "3 undecodable, 1 missing"."""
-    counts = {}
-    for item in bad.values():
-        counts[item.reason] = counts.get(item.reason, 0) + 1
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-
-
-def bad_list(bad: Mapping) -> str:
-    """Returns one line per bad file."""
-    return "\n".join(f"  {item.path} ({item.reason})" for item in bad.values())
-
-
-def remark_summary(remarks: Mapping[str, Collection[int]]) -> str:
-    """Returns the counts of files by remark, as "3 ends early, 1 errors skipped"; empty where there are none."""
-    counts = {name: len(remarks[name]) for name in REMARKS if remarks.get(name)}
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-
-
 def evaluation_batches(
     manifest: str | Path, data: Data, clip: Clip, *, batch: int, host: int = 0, hosts: int = 1,
     views: EvaluationViews = EvaluationViews(), modalities: tuple[str, ...] = MODALITIES, strict: bool = True,
+    account: Account | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:  # fmt: skip
     """Yields (Batch, row numbers, starts) over every view of every clip of a manifest once, without randomness.
 
     starts: float32, seconds of the file at which the view's window begins. strict: whether the manifest must have the labels
-    and targets that data asks for.
+    and targets that data asks for. account: is told what becomes of the files, and gets their rows.
 
     Views of a clip follow one another. Every host yields the same number of batches of batch // hosts
     rows; rows that only fill up are not valid. A clip that cannot be decoded is left out (not valid): a
     score is of clips that exist.
     """
     rows = read_manifest(manifest, bool(data.remote))
+    account = Account() if account is None else account
+    account.rows = rows
     if strict:
         _check_labels(rows, data, manifest)
     if batch % hosts:
@@ -280,6 +246,7 @@ def evaluation_batches(
     dataset = grain.MapDataset.source(places).map(exam).batch(local, batch_fn=stack)
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads))
     for sample in dataset.to_iter_dataset(options):
+        account.add(sample)
         yield to_batch(sample, valid=sample["valid"]), sample["row"], sample["start"]
 
 

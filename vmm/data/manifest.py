@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 from vmm.data.media import DecodeError, reason_of
 from vmm.data.members import read_member
 from vmm.data.remote import fetch, is_address, open_address
+from vmm.data.text import clean
 from vmm.errors import UserError, one_of
 from vmm.foreign import parse_json
 
@@ -167,7 +168,7 @@ def _content(path: str | Path, remote: bool) -> bytes:
 
 def _row(line: str, where: str, folder: str, remote: bool) -> Row:
     try:
-        value = parse_json(line)
+        value = parse_json(line, halves=True)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict) or not isinstance(value.get("path"), str):
@@ -210,11 +211,11 @@ def _row(line: str, where: str, folder: str, remote: bool) -> Row:
     if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64):
         raise UserError(f"{where}: sha256 must be 64 hex digits, got {sha256!r}")
     return Row(
-        id=str(value["path"] if value.get("id") is None else value["id"]),
+        id=clean(str(value["path"] if value.get("id") is None else value["id"])),
         path=name if is_address(name) else f"{folder}/{name}" if is_address(folder) else str(Path(folder) / name),
         start=start,
         end=end,
-        captions=tuple(text for text in captions if text.strip()),
+        captions=tuple(clean(text) for text in captions if text.strip()),
         labels=labels,
         record=record,
         sha256=sha256,
@@ -261,7 +262,10 @@ def _texts(texts, where: str) -> dict[str, str | list[str]]:
             )
     if "caption" in texts:
         raise UserError(f"{where}: texts.caption: a clip's caption stands under the key `caption`")
-    return texts
+    return {
+        name: clean(value) if isinstance(value, str) else [clean(item) for item in value]
+        for name, value in texts.items()
+    }
 
 
 def _curves(curves, where: str) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ What needs arithmetic on pixels and sound (colour, gain, SpecAugment, MixUp) is 
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -131,7 +131,7 @@ class Data:
     """Where samples come from and how they are read.
 
     train: manifest of the training clips; or a mixture, name → {"manifest": …, "weight": …}. tokenizer: a
-    tokenizer.json. clip: see Clip. buckets: lengths between which batches alternate, each {"seconds": …, "frames": …}
+    tokenizer.json; not read, and may be left out, where neither a stream of text nor a target needs one. clip: see Clip. buckets: lengths between which batches alternate, each {"seconds": …, "frames": …}
     in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
     evaluation: see EvaluationViews. labels: label → number of classes that a batch carries. tags: the same for those of which
     a clip has any number. text: template of the stream of text, as "{history} {question}" of the row's texts; a clip that
@@ -144,7 +144,7 @@ class Data:
     """
 
     train: str | Mapping
-    tokenizer: str
+    tokenizer: str = ""
     clip: Mapping = dataclasses.field(default_factory=dict)
     buckets: tuple[Mapping, ...] = ()
     augment: Mapping = dataclasses.field(default_factory=dict)
@@ -175,6 +175,11 @@ def bucket_clips(data: Data, clip: Clip) -> list[Clip]:
     if any(a.seconds >= b.seconds for a, b in zip(clips, clips[1:])):
         raise UserError(f"data.buckets: seconds must ascend, got {[clip.seconds for clip in clips]}")
     return clips
+
+
+def reads_text(data: Data, modalities: Collection[str]) -> bool:
+    """Returns whether samples for a model of these streams need the tokenizer: for its text, or for a target that is one."""
+    return "text" in modalities or any(target.spells for target in make_targets(data.targets).values())
 
 
 class _Cache:
@@ -216,12 +221,13 @@ class Samples:
         for name, number in self.tracks.items():
             if name not in ("video", "audio") or type(number) is not int or number < 0:
                 raise UserError(f'data.tracks: "video" or "audio" → a number from 0, got {name!r} → {number!r}')
-        self.tokenizer = text.load_tokenizer(data.tokenizer)
+        self.tokenizer = text.load_tokenizer(data.tokenizer) if reads_text(data, modalities) else None
         self.cache = _Cache(data.cache)
 
     def __setstate__(self, state: dict):  # in a worker process
         self.__dict__.update(state)
-        self.tokenizer.encode_special_tokens = True  # pickling forgets it
+        if self.tokenizer:
+            self.tokenizer.encode_special_tokens = True  # pickling forgets it
 
     def __call__(self, position: int, epoch: int, row: int, peers: np.ndarray | None = None, bucket: int = 0) -> dict:
         """Returns the sample; a row that cannot be decoded is replaced by one of its peers, and flagged.
@@ -294,7 +300,7 @@ class Samples:
         present = {name: there and name in self.modalities for name, there in present.items()}
         if augment and augment.drop:
             present = _withhold(present, augment.drop, rng)
-        ids = np.full(clip.text_length, text.padding_id(self.tokenizer), np.int32)
+        ids = np.full(clip.text_length, text.padding_id(self.tokenizer) if self.tokenizer else 0, np.int32)
         if present["text"]:
             ids = text.encode(self.tokenizer, caption, clip.text_length)
         shape = (clip.frames, clip.size, clip.size, 3)

@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -93,7 +94,14 @@ class Sandbox:
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
         process = context.Process(target=_child, args=(theirs, self.function, self.limits), daemon=True)
-        process.start()
+        # Ctrl-C comes to the children too, and would end one that still imports with a traceback of its own: they
+        # inherit that this thread does not hear it. (The tracker, if it had to be started in between, would undo that.)
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.process, self.pipe = process, pipe
         theirs.close()
         if self.ended:  # kill() came while there was nothing to kill

@@ -52,13 +52,15 @@ class Value:
 
     of: str
 
+    spells = False  # whether a tokenizer is needed
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has it."""
         known = {name for row in rows for name in row.values}
         if self.of not in known:
             raise UserError(f"{where}: no clip has values.{self.of}; {one_of(self.of, known)}")
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> np.ndarray:
         """Returns the number."""
         return np.float32(row.values.get(self.of, math.nan))
 
@@ -74,11 +76,13 @@ class Text:
     of: str
     length: int = 32
 
+    spells = True
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has all of the template's texts."""
         check_texts(self.of, rows, where)
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> np.ndarray:
         """Returns the ids; of the caption's phrasings, the first is taken."""
         words = fill(self.of, row, row.captions[0] if row.captions else "")
         if not words:
@@ -104,6 +108,8 @@ class Subtitles:
     step: float = subtitles.STEP
     least: float = 0.5
 
+    spells = True
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has subtitles, or a line of one is none; or a step that is not above 0."""
         if self.step <= 0:
@@ -123,7 +129,7 @@ class Subtitles:
             )
         return found
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> np.ndarray:
         """Returns the ids of the window that begins at `start` seconds of the file."""
         if self.of not in row.texts:
             return np.full(self.length, text.padding_id(tokenizer), np.int32)
@@ -146,6 +152,8 @@ class Choices:
     count: int = 4
     length: int = 16
 
+    spells = True
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has such a list, or one has too many."""
         check_texts(f"{{{self.of}}}", rows, where)
@@ -154,7 +162,7 @@ class Choices:
             if isinstance(value, str) or len(value) > self.count:
                 raise UserError(f"{where}: clip {row.id!r}: texts.{self.of} must be a list of at most {self.count}")
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> np.ndarray:
         """Returns the ids."""
         ids = np.full((self.count, self.length), text.padding_id(tokenizer), np.int32)
         for place, words in enumerate(row.texts.get(self.of, ())):
@@ -183,6 +191,8 @@ class Events:
     participants: int = 0
     least: float = 0.5
 
+    spells = False
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has events, or one has a class or participant out of range."""
         if all(row.events is None for row in rows):
@@ -198,7 +208,7 @@ class Events:
                         f"{where}: {self.participants} kinds of participants, but clip {row.id!r} has {max(event.participants)}"
                     )
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
         """Returns the events of the window that begins at `start` seconds of the file."""
         result, place = self.blank() | {"known": np.bool_(row.events is not None)}, 0
         for event in sorted(row.events or (), key=lambda event: (event.start, event.end)):
@@ -237,6 +247,8 @@ class Curve:
     of: str
     points: int = 16
 
+    spells = False
+
     def check(self, rows: Sequence[Row], where: str) -> None:
         """Raises UserError: no clip has it, or one does not tell how long it is."""
         known = {name for row in rows for name in row.curves}
@@ -246,7 +258,7 @@ class Curve:
             if self.of in row.curves and row.seconds is None:
                 raise UserError(f"{where}: clip {row.id!r} has a curve, but does not tell its length; give it an `end`")
 
-    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer) -> np.ndarray:
+    def read(self, row: Row, start: float, seconds: float, tokenizer: Tokenizer | None) -> np.ndarray:
         """Returns the numbers of the window that begins at `start` seconds of the file."""
         values = row.curves.get(self.of)
         if values is None:

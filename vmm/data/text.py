@@ -19,6 +19,11 @@ _TYPICAL = 8  # letters of a short text
 _PADDINGS = (PAD, "[PAD]", "<|endoftext|>")  # of published ones, where none is told
 
 
+def clean(text: str) -> str:
+    """Returns a text with U+FFFD in the place of halves of a letter (lone surrogates), which no file and no tokenizer can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 512, kind: str = "bpe") -> Tokenizer:
     """Returns a lower-casing tokenizer of about `vocabulary` entries at most; padding is id 0.
 
@@ -28,7 +33,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 512, kind: str = 
     """
     if kind not in _KINDS:
         raise UserError(f"tokenizer: unknown kind {kind!r}; {one_of(kind, _KINDS)}")
-    return _KINDS[kind](captions, vocabulary)
+    return _KINDS[kind](map(clean, captions), vocabulary)
 
 
 def _train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -106,16 +111,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: the file is missing or broken, or tells no padding, or no start and end of a text.
     """
+    if not str(path):
+        raise UserError("data.tokenizer: none given; text needs one, as `vmm data tokenizer MANIFEST FILE` makes it")
     if not Path(path).is_file():
         raise UserError(f"tokenizer {path}: no such file; make one with `vmm data tokenizer MANIFEST {path}`")
     if Path(path).stat().st_size > _LARGEST:
         raise UserError(f"tokenizer {path}: larger than {_LARGEST >> 20} MiB; no tokenizer is")
     with _told(path):
-        told = parse_json(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        told = parse_json(text)
         growth = _growth(told.get("normalizer"))
         if growth > _GROWTH:
             raise ValueError(f"its normalizer makes a text up to {growth:.3g} times as long")
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text)
     with _told(path):
         tokenizer = _complete(tokenizer, path)
         if max(tokenizer.get_vocab().values(), default=0) >= 1 << 31:
@@ -178,7 +186,7 @@ def _padding(tokenizer: Tokenizer, path: Path) -> str:
     names, beside = list(_PADDINGS), path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            told = parse_json(beside.read_text(encoding="utf-8")).get("pad_token")
+            told = parse_json(beside.read_text(encoding="utf-8-sig")).get("pad_token")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{beside}: not a tokenizer_config.json ({error})") from None
         names.insert(0, told.get("content") if isinstance(told, dict) else told)
@@ -226,7 +234,7 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer."""
-    found = tokenizer.encode(text, add_special_tokens=False)
+    found = tokenizer.encode(clean(text), add_special_tokens=False)
     found.truncate(max(0, length - tokenizer.num_special_tokens_to_add(False)))
     whole = tokenizer.post_process(found)
     ids = whole.ids[:length]

@@ -35,6 +35,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vmm.build import differences
 from vmm.data import text
 from vmm.errors import UserError
 
@@ -95,10 +96,10 @@ _BEATS = {
     "galloping": "galloping beats",
 }
 _PHRASINGS = (
-    "a {colour} {shape} {moves} while a {timbre} plays {pitch} in {beats} , they {pair}",
-    "a {timbre} plays {pitch} in {beats} as a {colour} {shape} {moves} , they {pair}",
-    "the {shape} is {colour} and {moves} , the sound is a {timbre} on {pitch} with {beats} , they {pair}",
-    "{beats} of a {timbre} at {pitch} , and a {colour} {shape} that {moves} , they {pair}",
+    "a {colour} {shape} {moves} while a {timbre} plays {pitch} in {beats}, they {pair}",
+    "a {timbre} plays {pitch} in {beats} as a {colour} {shape} {moves}, they {pair}",
+    "the {shape} is {colour} and {moves}, the sound is a {timbre} on {pitch} with {beats}, they {pair}",
+    "{beats} of a {timbre} at {pitch}, and a {colour} {shape} that {moves}, they {pair}",
 )
 _PAIRS = ("match", "clash")  # by `both`
 _SEEN_ONLY = ("a {colour} {shape} {moves} in silence", "without a sound a {colour} {shape} {moves}")
@@ -294,7 +295,7 @@ def generate(
       UserError: more clips than combinations, or the folder holds a world with other settings.
     """
     folder = Path(folder)
-    settings = {"format": 3, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
+    settings = {"format": 4, "sizes": sizes, "seed": seed, "missing": missing, "vocabulary": vocabulary}
     total = int(np.prod([len(values) for values in FACTS.values()]))
     if sum(sizes.values()) > total or min(sizes.values(), default=0) < 1 or not 0 <= missing <= 1:
         raise UserError(
@@ -376,9 +377,10 @@ def begin(record: Path, settings: dict) -> bool:
                 f"{record}: not the record of a world; remove the folder {folder} and generate it again"
             ) from None
         same = {key: value for key, value in settings.items() if key != "format"}
-        if {key: there["settings"].get(key) for key in same} != same:
+        if other := differences(same, {key: there["settings"].get(key) for key in same}):
             raise UserError(
-                f"{folder} holds a world with other settings ({there['settings']}); choose another folder or remove it"
+                f"{folder} holds a world with other settings (there → now: {'; '.join(other)}); choose another folder or "
+                "remove it"
             )
         if there["complete"] and there["settings"] == settings:
             return False

@@ -9,6 +9,7 @@ The first line tells of the run (format, step, config, data: manifest → SHA-25
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +26,18 @@ UNNAMED = "accuracy"  # the metric that needs no name in a table
 
 
 def lines(evaluator: str, scored: Scored, ids: list[str]) -> Iterator[dict]:
-    """Yields one line a row. ids: of the manifest's rows, in order. What is not finite becomes null."""
-    for i, row in enumerate(scored.row):
+    """Yields one line a row. ids: of the manifest's rows, in order. What is not finite becomes null.
+
+    Of several of one clip (its captions, each a query), the second is "ID#2", and so on.
+    """
+    seen: Counter = Counter()
+    for i, row in enumerate(scored.row.tolist()):
+        seen[row] += 1
+        identity = ids[row] if seen[row] == 1 else f"{ids[row]}#{seen[row]}"
         told = {key: _plain(values[i]) for key, values in scored.told.items()}
         scores = {key or UNNAMED: _plain(values[i]) for key, values in scored.means.items()}
         yield (
-            {"evaluator": evaluator, "name": scored.name, "id": ids[int(row)], "subset": scored.subset}
+            {"evaluator": evaluator, "name": scored.name, "id": identity, "subset": scored.subset}
             | told
             | {"scores": scores}
         )
@@ -72,7 +79,7 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"predictions {path}: no such file; write it with `vmm eval RUN --predictions`")
     found, about = {}, None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"predictions {path}: not UTF-8 text; write it with `vmm eval RUN --predictions`") from None
     for number, line in enumerate(text.split("\n"), 1):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +18,23 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def ranks(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, per query i, how many keys beat key i and how many others tie with it.
+def ranks(
+    queries: np.ndarray, keys: np.ndarray, owners: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, per query, how many keys beat the best of its own, and how many that are not its own tie with that.
 
-    queries, keys: [n E]; key i is the truth of query i. Not-a-number counts as beaten by all.
+    queries: [n E]; keys: [m E]. owners: int [n] and [m], which video each is of: a query's own keys are those of its video,
+    at least one; None: key i is of query i. Not-a-number counts as beaten by all.
     """
     scores = queries.astype(np.float64) @ keys.astype(np.float64).T
-    own = np.diagonal(scores)[:, None]
-    bad = ~np.isfinite(own[:, 0])
+    mine, theirs = (np.arange(len(queries)), np.arange(len(keys))) if owners is None else owners
+    own = mine[:, None] == theirs[None]
     scores = np.where(np.isfinite(scores), scores, -np.inf)
-    above = (scores > own).sum(1)
-    level = (scores == own).sum(1) - 1
-    above[bad], level[bad] = len(keys) - 1, 0
+    best = np.where(own, scores, -np.inf).max(1, initial=-np.inf)[:, None]
+    above = (~own & (scores > best)).sum(1)
+    level = (~own & (scores == best)).sum(1)
+    bad = ~np.isfinite(best[:, 0])
+    above[bad], level[bad] = (~own[bad]).sum(1), 0
     return above, level
 
 
@@ -43,12 +48,15 @@ def recall(above: np.ndarray, level: np.ndarray, k: int) -> float:
     return float(found(above, level, k).mean())
 
 
-def score(name: str, data: str, subset: str, row: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> Scored:
+def score(
+    name: str, data: str, subset: str, row: np.ndarray, queries: np.ndarray, keys: np.ndarray,
+    owners: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Scored:  # fmt: skip
     """Returns R@1, R@5, R@10 (in [0, 1]) and the median rank (1 is best, ties at their middle). See Scored, `ranks`.
 
     Queries are what a resample draws; the keys that they are compared with stay.
     """
-    above, level = ranks(queries, keys)
+    above, level = ranks(queries, keys, owners)
     rank = 1 + above + level / 2
 
     def rest(places: np.ndarray) -> dict[str, float]:
@@ -73,6 +81,11 @@ class Retrieval(Measuring):
     trained on, which the experiment puts here: of others the embeddings say nothing, and their numbers are chance.
     Clips that lack any of the embedded streams are left out, so that all directions are over the
     same candidates. A query of several streams is the sum of their unit embeddings.
+
+    As MSR-VTT's, MSVD's and COCO's several captions are scored: each caption is a query of its own, and a video that asks for
+    text has found it with any of its own captions, of which the others are then no wrong answers. Rows of one video (one
+    file, one span) are one candidate, and their captions are all its own. Under the corruption wrong_caption, only the first
+    of several captions is wrong.
     """
 
     data: str
@@ -88,7 +101,19 @@ class Retrieval(Measuring):
         known = {frozenset(pair) for pair in self.pairs}
         return not known or all(frozenset((name, target)) in known for name in query)
 
-    def measure(self, predict: Callable, prepared: Any) -> Measured:
+    def prepare(self, predict: Callable) -> "Gallery | None":
+        """Returns the videos and captions behind the rows; None where each row is one video with at most one caption."""
+        rows, phrasings = predict.rows(self.data), predict.phrasings(self.data)
+        _, video = np.unique([repr((row.path, row.record, row.start, row.end)) for row in rows], return_inverse=True)
+        if len(set(video)) == len(rows) and all(len(texts) <= 1 for texts in phrasings):
+            return None
+        more = [(row, text) for row, texts in enumerate(phrasings) for text in texts[1:]]
+        key = f"{self.objective}/text"
+        told = bool(more) and predict.knows("T")
+        found = predict.embed([text for _, text in more]).get(key) if told else None
+        return Gallery(video, np.array([row for row, _ in more], int), found)
+
+    def measure(self, predict: Callable, prepared: "Gallery | None") -> Measured:
         """Returns the scores under "V→T" and so on."""
         rows = predict(self.data, "VAT")
         names = [name for name in ("video", "audio", "text") if f"{self.objective}/{name}" in rows]
@@ -96,16 +121,45 @@ class Retrieval(Measuring):
             hint = one_of(self.objective, objectives_of(rows))
             raise UserError(f"evals (kind 'retrieval'): objective {self.objective!r} embeds nothing; {hint}")
         complete = np.logical_and.reduce([rows[f"present/{name}"] for name in names])
-        embedding = {name: unit(rows[f"{self.objective}/{name}"][complete]) for name in names}
         if not complete.any():
             return Measured([], {"clips": 0.0})
+        row = rows["row"][complete]
+        embedding = {name: unit(rows[f"{self.objective}/{name}"][complete]) for name in names}
+        video = row if prepared is None else prepared.video[row]
+        _, first, of_video = np.unique(video, return_index=True, return_inverse=True)
+        row = row[first[of_video]]  # all rows of a video are one clip, called as its first
+        first.sort()  # the clips' order
+        # Captions: place of the row that has it, embedding.
+        place, text = np.arange(len(row)), embedding.get("text")
+        if prepared is not None and prepared.more is not None and text is not None:
+            where = {number: place for place, number in enumerate(rows["row"][complete].tolist())}
+            kept = np.array([number in where for number in prepared.row.tolist()], bool)
+            place = np.concatenate([place, [where[number] for number in prepared.row[kept].tolist()]]).astype(int)
+            text = np.concatenate([text, unit(prepared.more[kept])])
+            order = np.argsort(place, kind="stable")
+            place, text = place[order], text[order]
         scored = []
         for letters, modalities in SUBSETS.items():
             if not set(modalities) <= set(names):
                 continue
-            query = np.sum([embedding[name] for name in modalities], axis=0)
+            asks = place if "text" in modalities else first
+            query = np.sum([text if name == "text" else embedding[name][asks] for name in modalities], axis=0)
             for target in names:
                 if target not in modalities and self._compared(modalities, target):
                     direction = f"{letters}→{target[0].upper()}"
-                    scored.append(score(direction, self.data, letters, rows["row"][complete], query, embedding[target]))
-        return Measured(scored, {"clips": float(complete.sum()), "chance/R@1": 1.0 / complete.sum()})
+                    among = place if target == "text" else first
+                    keys = text if target == "text" else embedding[target][first]
+                    owners = video[asks], video[among]
+                    scored.append(score(direction, self.data, letters, row[asks], query, keys, owners))
+        notes = {"clips": float(len(first)), "chance/R@1": 1.0 / len(first)}
+        several = text is not None and len(text) > len(first)
+        return Measured(scored, notes | ({"captions": float(len(text))} if several else {}))
+
+
+class Gallery(NamedTuple):
+    """What stands behind a manifest's rows. video: int [rows], which video each is. row, more: the row of every caption that
+    is not its row's first, and its embedding [m E]; None: there are none, or the model embeds no text."""
+
+    video: np.ndarray
+    row: np.ndarray
+    more: np.ndarray | None

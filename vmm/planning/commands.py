@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+from vmm.flags import number, whole
+
 
 def add(commands) -> None:
     """Adds `vmm plan` to the command's subparsers."""
     plan = commands.add_parser("plan", help="what a train step takes on a machine that is not there")
     plan.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
-    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, as batch=2048")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, as batch=2048")
     plan.add_argument("--device", required=True, help="v5e-256, v5p-512, v6e:8x8, tpu7x-128, h200-8x4, cpu-8, …")
-    plan.add_argument("--slices", type=int, default=1, help="slices (or nodes) of that device (default %(default)s)")
+    plan.add_argument(
+        "--slices", type=whole(1), default=1, help="slices (or nodes) of that device (default %(default)s)"
+    )
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     plan.add_argument("--hlo", type=Path, metavar="FILE", help="also write the compiled program there, as text")
     plan.add_argument(
@@ -20,9 +24,9 @@ def add(commands) -> None:
     plan.add_argument(
         "--search", action="store_true", help="look for batch, mesh, remat, accumulation: the fastest that fits"
     )
-    plan.add_argument("--minutes", type=float, default=20.0, help="of a search at most (default %(default)s)")
+    plan.add_argument("--minutes", type=number(0), default=20.0, help="of a search at most (default %(default)s)")
     plan.add_argument(
-        "--tries", type=int, default=4, help="programs that a search compiles at most (default %(default)s)"
+        "--tries", type=whole(1), default=4, help="programs that a search compiles at most (default %(default)s)"
     )
     plan.set_defaults(run=run)
 

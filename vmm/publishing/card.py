@@ -13,6 +13,7 @@ from vmm.data.manifest import read_manifest
 from vmm.errors import UserError
 from vmm.evals.tables import grid, show, show_interval
 from vmm.experiment import numbers
+from vmm.plugins import modules
 from vmm.publishing import example
 from vmm.publishing.cost import describe
 from vmm.publishing.results import of_evaluator, results
@@ -38,7 +39,7 @@ def model_card(run: Run, adapters: bool = False) -> ModelCard:
         f"A {' + '.join(parts)} model, fused by `{c.trunk['fusion']['kind']}`, {how} with vmm.",
         "",
         "```python",
-        example.code(tuple(parts), adapters, told.base_model),
+        example.code(tuple(parts), adapters, told.base_model, modules((run.config["trunk"], run.config["objectives"]))),
         "```",
         "",
         "Run it in this folder; elsewhere, load the folder by its path or by its name on the Hub. `vmm publish --check` runs "

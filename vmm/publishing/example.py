@@ -4,7 +4,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -61,9 +61,14 @@ def inputs(modalities: tuple[str, ...]) -> dict[str, str]:
     return {name: TEXT if name == "text" else CLIP for name in sorted(modalities)}
 
 
-def code(modalities: tuple[str, ...], adapters: bool = False, base: str = "") -> str:
-    """Returns the card's Python; it leaves its result in `embeddings`. base: the Hub's name of the adapters' base, or ""."""
-    return _code(inputs(modalities), f', base="{base or BASE}"' if adapters else "")
+def code(modalities: tuple[str, ...], adapters: bool = False, base: str = "", plugins: Sequence[str] = ()) -> str:
+    """Returns the card's Python; it leaves its result in `embeddings`.
+
+    base: the Hub's name of the adapters' base, or "". plugins: modules that the model's kinds name.
+    """
+    over = f', base="{base or BASE}"' if adapters else ""
+    over += f", plugins={json.dumps(list(plugins))}" if plugins else ""
+    return _code(inputs(modalities), over)
 
 
 def _code(given: Mapping[str, str], over: str) -> str:
@@ -82,6 +87,7 @@ def asked_of(card: str, base: str | Mapping[str, str] | None, where: Path) -> As
     """Returns what the first Python of a card asks for, over another base where one is given.
 
     It is read as data, and none of it is run: the three lines of `code`, with other modalities, words or base at most.
+    Modules that it names are not imported for it: VMM_PLUGINS says which may be.
 
     Raises:
       UserError: there is none, it is anything else, or a base is given and the example names none.
@@ -93,9 +99,11 @@ def asked_of(card: str, base: str | Mapping[str, str] | None, where: Path) -> As
         load, embed = (line.value for line in ast.parse(found.group(1)).body[1:])
         over = {word.arg: ast.literal_eval(word.value) for word in load.keywords}
         given = {word.arg: ast.literal_eval(word.value) for word in embed.keywords}
-        told = over.get("base", "")
+        told, modules = over.get("base", ""), over.get("plugins")
         # Written anew from what was read, it must be the same program: nothing else stands in it.
-        again = _code(given, f', base="{told}"' if over else "")
+        again = f', base="{told}"' if "base" in over else ""
+        again += f", plugins={json.dumps(modules)}" if modules else ""
+        again = _code(given, again)
         same = ast.dump(ast.parse(again)) == ast.dump(ast.parse(found.group(1)))
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
         same = False
@@ -107,7 +115,7 @@ def asked_of(card: str, base: str | Mapping[str, str] | None, where: Path) -> As
     for name, value in given.items():
         if value != CLIP and name != "text":
             raise UserError(f"{where}: its example embeds {value!r}, which is not the folder's own {CLIP}")
-    if base is not None and not over:
+    if base is not None and "base" not in over:
         raise UserError(f"{where}: its example names no base: the folder holds a whole model; leave --base out")
     return Asked(base if base is not None else told or None, given)
 

@@ -141,7 +141,7 @@ def read_space(path: Path) -> dict[str, Domain]:
         raise UserError(f"space {path}: no such file; it is a .json object or a .py file with SPACE = {{key: values}}")
     if path.suffix == ".json":
         try:
-            return make_space(parse_json(path.read_text(encoding="utf-8")))
+            return make_space(parse_json(path.read_text(encoding="utf-8-sig")))
         except ValueError as error:
             raise UserError(f"space {path}: not valid JSON ({error})") from None
     spec = importlib.util.spec_from_file_location("vmm_space", path)

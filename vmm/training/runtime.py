@@ -21,10 +21,15 @@ from vmm.training import distributed
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/vmm/jax."""
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/vmm/jax; nowhere if that cannot be."""
     if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmm" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmm" / "jax"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # no home, or none that can be written
+            return
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Small programs too: JAX leaves out what compiles within a second, and a start compiles dozens of these.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

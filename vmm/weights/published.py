@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict:
     """Reads a folder's config.json. Raises UserError: there is none, or it is not JSON of an object."""
     path = folder / "config.json"
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise UserError(
             f"{folder}: holds no model published by vmm or in a known family's layout (no config.json)"
@@ -60,10 +60,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            files = [
-                folder / Path(name).name
-                for name in sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            ]
+            files = _listed(folder, parse_json(index.read_text(encoding="utf-8-sig")))
         elif len(arrays) == 1:
             with np.load(arrays[0], allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -81,13 +78,24 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _listed(folder: Path, index: Mapping) -> list[Path]:
+    """Returns the files of an index; raises UserError: it is none, or names a file that does not lie in the folder."""
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{folder}/model.safetensors.index.json: weight_map must be tensor → file name")
+    for name in places.values():
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{folder}/model.safetensors.index.json: {name!r} is no name of a file in its folder")
+    return [folder / name for name in sorted(set(places.values()))]
+
+
 def read_pixels(path: Path) -> dict:
     """Returns mean and deviation, in pixel values 0 … 255, of an image processor's file: {} where it does not say.
 
     Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
     """
     try:
-        told = parse_json(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8-sig"))
         if "image_mean" not in told or not told.get("do_normalize", True):
             return {}
         scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vmm.build import differences
 from vmm.data.building.classes import class_index, number_classes
 from vmm.data.building.duplicates import near_duplicates
 from vmm.data.building.packing import json_lines, keep, note_of, pack, read_json_lines, rows_of, write_whole
@@ -168,13 +169,15 @@ def _untuple(fields: dict) -> dict:
 
 
 def _same(told: dict, settings: Settings, out: Path) -> None:
-    mine = json.loads(json.dumps(_plain(settings)))
     # The budget and the limits do not change what a good clip looks like.
-    other = [key for key in mine if key not in ("budget", "limits") and told.get(key) != mine[key]]
-    if other:
-        key = other[0]
+    there, mine = (
+        {key: value for key, value in settings.items() if key not in ("budget", "limits")}
+        for settings in (told, json.loads(json.dumps(_plain(settings))))
+    )
+    if other := [line.removeprefix("storage.") for line in differences(mine, there)]:
+        told = "; ".join(line if len(line) < 200 else f"{line[:200]}…" for line in other)
         raise UserError(
-            f"{out}: was built with another {key} ({told.get(key)}, now {mine[key]}); give a new folder, or the same settings"
+            f"{out}: was built with other settings (there → now: {told}); give a new folder, or the same settings"
         )
 
 

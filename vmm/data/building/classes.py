@@ -14,7 +14,7 @@ def read_classes(path: Path) -> dict[str, list[str]]:
       UserError: it is none.
     """
     try:
-        classes = parse_json(path.read_text(encoding="utf-8"))
+        classes = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:

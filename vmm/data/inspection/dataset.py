@@ -88,7 +88,7 @@ def _built(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); build again") from None
     kinds = {"clips": int, "left_out": dict, "duplicates": int, "files": dict}
@@ -103,7 +103,7 @@ def _classes(folder: Path) -> dict[str, list[str]]:
         path = folder / name
         if path.is_file():
             try:
-                value = parse_json(path.read_text(encoding="utf-8"))
+                value = parse_json(path.read_text(encoding="utf-8-sig"))
             except ValueError as error:
                 raise UserError(f"{path}: not valid JSON ({error})") from None
             # Other things are called labels.json too: what is no label → list of names is not for us.

@@ -102,7 +102,7 @@ def read_json(path: Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # UnicodeDecodeError too
         raise UserError(f"{path}: not JSON ({error})") from None
 

@@ -3,10 +3,11 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vmm.data.asked import asked_of
+from vmm.data.asked import KEYS, asked_of
 from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, path_in, span_of
 from vmm.errors import UserError, one_of
 
@@ -19,6 +20,12 @@ _NAMES = {
     "end": ("end", "end_time", "end_sec", "time_end"),
     "sha256": ("sha256",),
 }
+_OURS = (
+    *KEYS,
+    "media",
+    "source",
+    "record",
+)  # of a manifest: what tasks ask for; what a build found out and finds out again
 _REST = "\0rest"  # under this name csv keeps fields beyond the heading
 
 
@@ -41,6 +48,7 @@ def read_csv(path: Path, media: Path | None = None, columns: Mapping = {}, label
         for field, name in (*columns.items(), *([("the label", label)] if label else ())):
             if name not in names:
                 raise UserError(f"{path}: has no column {name!r} for {field}; {one_of(name, names)}")
+        _tell_unused(path, [name for name in names if name not in (*chosen.values(), label)])
         while True:
             try:
                 row = next(reader, None)
@@ -83,6 +91,18 @@ def read_jsonl(path: Path, media: Path | None = None, columns: Mapping = {}, lab
     for field, name in wanted.items():
         if name not in names:
             raise UserError(f"{path}: no line has {name!r} for {field}; {one_of(name, names)}")
+    used = {label, "labels", *_OURS, *(name for fields in chosen.values() for name in fields.values())}
+    _tell_unused(path, [name for name in names if name not in used])
+
+
+def _tell_unused(path: Path, names: Sequence[str]) -> None:
+    if names:
+        told = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        print(
+            f"{path}: columns that are not used: {told}; --label NAME takes one for classes, --column FIELD=NAME for a "
+            f"field ({', '.join(_NAMES)})",
+            file=sys.stderr,
+        )
 
 
 def _objects(path: Path, file) -> Iterator[tuple[int, dict | Bad]]:
