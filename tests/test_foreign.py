@@ -60,7 +60,6 @@ def test_rows_of_strangers(tmp_path):
         ("[" * 100000, "nested more than 100 deep"),
         ('{"a":' * 200 + "1" + "}" * 200, "nested more than 100 deep"),
         ('{"path": "a", "start": ' + "9" * 5000 + "}", "a number of 5000 digits"),
-        ('{"path": "\\ud800"}', "half of a surrogate pair"),
         ('{"path": "a", "labels": {"x": 2147483648}}', "labels must be"),
         ('{"path": "a", "values": {"x": 1e300}}', "values must be"),
         ('{"path": "a", "end": 1e300}', "end must be seconds"),

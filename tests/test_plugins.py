@@ -91,9 +91,7 @@ def test_trained_evaluated_published_and_loaded(package, world_folder, tmp_path,
     monkeypatch.setenv(plugins.VARIABLE, "other,minepackage")
     assert vmm.load(folder).embed(text="a word")["text"].shape == (1, 16)
     assert 'plugins=["minepackage.fusion"]' in (folder / "README.md").read_text()
-    with pytest.raises(
-        UserError, match="its example fails"
-    ):  # a clean process finds no package here
+    with pytest.raises(UserError, match="its example fails"):  # a clean process finds no package here
         check(folder)
 
 

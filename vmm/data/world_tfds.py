@@ -33,7 +33,7 @@ class VmmWorld(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        WorldConfig(name="full", description="the demo's", sizes={"train": 2304, "validation": 288, "test": 288}),
+        WorldConfig(name="full", description="the demo's", sizes={"train": 4608, "validation": 576, "test": 288}),
         WorldConfig(name="small", description="for a look", sizes={"train": 48, "validation": 12, "test": 18}),
     ]
 
