@@ -145,9 +145,7 @@ def test_memory_and_time_of_a_child_are_counted():
     [
         (["--data", "a.jsonl"], "--data and --tokenizer: give both"),
         (["--length", "2"], "--length 2: a test file has at least 3.13 s"),
-        (["--utilisation", "40"], "--utilisation 40: a share"),
         (["--batches", "2"], "--batches 2: a slope needs"),
-        (["--seconds", "0"], "--seconds 0: must be above 0"),
         (["--model", "vit_x"], "--model: did you mean 'vit_"),
         (["--scratch", "{tmp}/file/x"], "cannot be written"),
     ],
@@ -158,6 +156,13 @@ def test_mistakes_are_one_line(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert code == 2 and message in error
     assert error.count("\n") == 1 and error.startswith("vmm: error: ")
+
+
+@pytest.mark.parametrize("flags", [["--utilisation", "40"], ["--seconds", "0"]])
+def test_numbers_have_limits(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "data", *flags])
+    assert f"{flags[0]}: a number above 0" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_known():

@@ -161,11 +161,11 @@ def test_killed_and_resumed_it_decides_the_same(world_folder, tmp_path, monkeypa
     # Asked to stop at steps 2 and 6 it saves, and leaves the evaluation to its successor.
     save, kill_at = Checkpoints.save, {2, 6}
 
-    def saving(self, state, step, samples):
+    def saving(self, state, step, samples, *more):
         if step in kill_at:
             kill_at.remove(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        save(self, state, step, samples)
+        save(self, state, step, samples, *more)
 
     monkeypatch.setattr(Checkpoints, "save", saving)
     attempts = 0

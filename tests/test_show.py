@@ -219,6 +219,7 @@ def test_text_that_no_page_may_hold():
 
 def test_bad_flags(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"path": "a"}\n')
-    assert main(["data", "show", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o"), "--clips", "-1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "show", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o"), "--clips", "-1"])
     (tmp_path / "file").write_text("")
     assert main(["data", "show", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "file" / "o")]) == 5
