@@ -4,11 +4,13 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from vmm.build import load_config
 from vmm.errors import UserError
 from vmm.experiment import Experiment
+from vmm.sharding import MeshShape, make_mesh, place_state, to_device
 
 FOLDER = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
@@ -35,6 +37,8 @@ def cases():
 def test_config_traces_a_train_step(name: str, variant: str, world_folder):
     config = load_config(f"{FOLDER / name}:{variant}")
     experiment = Experiment(config)
+    for shape in (MeshShape(data=1, fsdp=8), MeshShape(data=1, fsdp=2, tensor=2, sequence=2)):
+        place_state(experiment.shapes, make_mesh(shape))  # raises where an array would be split twice over one axis
     program = experiment.program(None)
     state, metrics = jax.eval_shape(program.step, program.shapes, experiment.batch_shapes())
     assert jax.tree.structure(state) == jax.tree.structure(program.shapes)
@@ -42,6 +46,23 @@ def test_config_traces_a_train_step(name: str, variant: str, world_folder):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     for objective in config["objectives"]:
         assert objective in metrics
+
+
+@pytest.mark.exhaustive("compiles every recipe; the small suite builds and traces each")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_takes_a_step(name: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, smallest = VARIANTS.get(name, ("", "small"))
+    config = load_config(f"{FOLDER / name}:{smallest}")
+    experiment = Experiment(config)
+    shape = MeshShape(data=2, fsdp=2, sequence=2)
+    mesh = make_mesh(shape)
+    with jax.set_mesh(mesh):
+        program = experiment.program(mesh)
+        state = program.init(jax.random.key(0))
+        batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), experiment.batch_shapes())
+        state, metrics = program.step(state, to_device(batch, mesh))
+    assert int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from jax.sharding import PartitionSpec
 from support.selection import first
 
 from vmm import layers, sharding
@@ -22,6 +23,7 @@ from vmm.sharding import (
     check_batch,
     host_place,
     make_mesh,
+    partition,
     place_batch,
     to_device,
 )  # fmt: skip
@@ -197,3 +199,11 @@ def test_tokens_are_split_over_sequence(world_folder):
         params = jax.jit(stack.init)(jax.random.key(0), x, jnp.ones((4, 16), bool))
         y = jax.jit(lambda x: stack.apply(params, x, jnp.ones((4, 16), bool)))(x)
     assert y.sharding.shard_shape(y.shape) == (2, 4, 8)
+
+
+def test_a_mesh_axis_splits_one_axis_of_an_array():
+    mesh = make_mesh(MeshShape(data=1, fsdp=2, tensor=2, sequence=2))
+    assert partition(("tokens", "embed"), (8, 16), mesh) == PartitionSpec("sequence", "fsdp")
+    assert partition(("embed", "tokens"), (16, 8), mesh) == PartitionSpec(("fsdp", "sequence"), None)
+    assert partition(("tokens", "embed"), (7, 16), mesh) == PartitionSpec(None, ("fsdp", "sequence"))
+    assert partition(("heads", "mlp"), (4, 4), mesh) == PartitionSpec("tensor", None)

@@ -151,15 +151,20 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def partition(names: tuple, shape: tuple, mesh) -> PartitionSpec:
-    """Logical names → PartitionSpec; an axis is split over as many of its mesh axes, first to last, as divide it."""
+    """Logical names → PartitionSpec; an axis is split over as many of its mesh axes, first to last, as divide it.
+
+    A mesh axis splits one axis of an array: what an earlier one has taken is left out.
+    """
     if len(names) != len(shape):  # what an optimizer keeps of a matrix may be a row of it
         return PartitionSpec()
-    axes = []
+    axes, taken = [], set()
     for name, size in zip(names, shape):
         rule = RULES[name] if name is not None else None
         parts = rule if isinstance(rule, tuple) else (rule,) if rule else ()
+        parts = tuple(part for part in parts if part not in taken)
         while parts and size % math.prod(mesh.shape[part] for part in parts):
             parts = parts[:-1]
+        taken.update(parts)
         axes.append(parts if len(parts) > 1 else parts[0] if parts else None)
     return PartitionSpec(*axes)
 
