@@ -38,7 +38,7 @@ td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; 
 svg, img { max-width: 100%; height: auto; } .clip { margin: 1.2em 0; } .clip img { display: block; width: 100%; image-rendering: pixelated; }
 svg { width: 100%; } .wide { overflow-x: auto; } td.number { white-space: nowrap; } td.words { text-align: left; }
 .rows { display: flex; } .rows img { flex: 1; min-width: 0; } .rows div { display: flex; flex-direction: column; justify-content: space-around; flex: 0 0 6.5em; font-size: 80%; color: #666; }
-td .note { font-size: 85%; white-space: nowrap; }
+td .note { font-size: 85%; white-space: nowrap; } .wide td .note { display: block; }
 .right { color: #186a3b; font-weight: 600; } .note { color: #666; }
 """
 _CLIPS = 6  # shown in the report
@@ -236,7 +236,7 @@ def _grid_table(run: Run, name: str, values: dict, ends: dict) -> str:
     for row in rows:
         lines.append(f"<tr><td>{html.escape(row)}</td>" + "".join(texts[row, column] for column in columns) + "</tr>")
     caption = ", ".join(f"{key} {value:g}" for key, value in notes.items())
-    small = "; small: 95 % interval, bootstrap over clips" if ends else ""
+    small = ("; " if caption else "") + "small: 95 % interval, bootstrap over clips" if ends else ""
     return f'<div class="wide"><table>{"".join(lines)}</table></div><p class="note">{html.escape(caption)}{small}</p>'
 
 
