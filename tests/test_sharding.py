@@ -115,10 +115,15 @@ def test_a_step_is_traced_and_compiled_once_and_donates(world_folder):
     with jax.set_mesh(mesh):
         count_flops(program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh))
         state = program.init(jax.random.key(0))
-        for batch in loader:
+        batches, seen = list(loader), []
+        for batch in (batches[0], *batches[:3]):
             before = state
-            state, _ = program.step(state, to_device(batch, mesh))
+            state, metrics = program.step(state, to_device(batch, mesh))
+            seen.append(metrics)
     loader.close()
+    # The rate of the first step is 0: the second sees the same clips with the same parameters, under masks of its own.
+    assert float(seen[0]["contrast"]) == pytest.approx(float(seen[1]["contrast"]), rel=1e-6)
+    assert float(seen[0]["masked"]) != pytest.approx(float(seen[1]["masked"]), rel=1e-4)
     assert program.step._cache_size() == len(traced) == 1
     assert int(state.step) == 4
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
