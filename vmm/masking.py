@@ -74,7 +74,9 @@ def _tubes(score: Array, valid: Bool[Array, "N"], grid: tuple, ratio: float) -> 
 
 def _places(grid: tuple) -> list[Array]:
     """Returns each token's place along each axis, in (0, 1): arrays of the grid's shape."""
-    return jnp.meshgrid(*((jnp.arange(size) + 0.5) / size for size in grid), indexing="ij")
+    return list(
+        jnp.meshgrid(*((jnp.arange(size) + 0.5) / size for size in grid), indexing="ij")
+    )  # since JAX 0.12 a tuple
 
 
 @dataclasses.dataclass(frozen=True)

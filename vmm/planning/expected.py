@@ -84,8 +84,9 @@ def _inside(equation, values: list, times: int, layers: int, again: bool, found:
     name, params = equation.primitive.name, equation.params
     none = [None] * len(equation.outvars)
     if name == "scan":
-        inner, length = params["jaxpr"].jaxpr, params["length"]
-        fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        inner, length = params["jaxpr"], params["length"]
+        inner = getattr(inner, "jaxpr", inner)
+        carried = _not_scanned(params)
         stacked = any(value for value in values[carried:])
         passed = [
             value if at < carried else (value[0], value[1][1:] if value[1] else None) if value else None
@@ -93,7 +94,7 @@ def _inside(equation, values: list, times: int, layers: int, again: bool, found:
         ]
         # Over a stack of layers each trip has parameters of its own; else the same ones are used again.
         more = (times, layers * length) if stacked else (times * length, layers)
-        _walk(inner, passed[:fixed] + passed[fixed:], *more, again, found)
+        _walk(inner, passed, *more, again, found)
         return none
     if name == "cond":
         for branch in params["branches"]:
@@ -105,6 +106,14 @@ def _inside(equation, values: list, times: int, layers: int, again: bool, found:
         if hasattr(inner, "eqns") and len(inner.invars) == len(values):
             return _walk(inner, values, times, layers, again or name in ("checkpoint", "remat2", "remat"), found)
     return none
+
+
+def _not_scanned(params) -> int:
+    """Returns how many operands of a scan every trip sees whole: constants and what is carried."""
+    if "num_consts" in params:
+        return params["num_consts"] + params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # since JAX 0.12
+    return len(constants) + len(carried)
 
 
 def _record(equation, side: int, value: tuple, times: int, layers: int, again: bool, found: list) -> None:
