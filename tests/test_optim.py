@@ -503,3 +503,23 @@ def test_wrong_views_are_errors():
         keys = jax.random.split(jax.random.key(0), len(batch.index))
         with pytest.raises(UserError, match=message):
             jax.eval_shape(lambda key, r=recipe, k=keys: r.init(key, batch, k), jax.random.key(0))
+
+
+@pytest.mark.parametrize("ema", [0.5, 0.0])
+def test_the_teacher_is_the_average_before_the_step(ema: float):
+    """A loss is given the running average as its teacher; without one, the student's own parameters."""
+
+    def loss(params, teacher, batch, key):
+        return params["a"]["kernel"].sum(), {"teacher": teacher["a"]["kernel"][0]}
+
+    optim = Optim(learning_rate=0.1, weight_decay=0.0, clip=0.0, ema=ema)
+    program = make_program(
+        lambda key: {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}, loss, optim, steps=5, seed=0, mesh=None
+    )
+    state = program.init(jax.random.key(0))
+    for step in range(4):
+        teacher = (state.ema if ema else state.params)["a"]["kernel"][0]
+        assert (float(teacher) == float(state.params["a"]["kernel"][0])) == (not ema or step == 0)
+        teacher = float(teacher)
+        state, metrics = program.step(state, jnp.zeros(1))
+        assert float(metrics["teacher"]) == pytest.approx(teacher, rel=1e-6)

@@ -147,7 +147,7 @@ def failing(checkout: Path, python: str, tests: list[str]) -> str:
     command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", *tests]
     environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or (done.returncode and not found):
         raise SystemExit(f"tests do not run: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-500:]}")
     return found.group(1) if found else ""
