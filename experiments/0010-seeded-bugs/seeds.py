@@ -102,7 +102,7 @@ BUGS = {
         ("vmm/training/step.py",),
         "state.ema if optim.ema else params",
         "params",
-        ("tests/test_latent.py", "tests/test_train.py"),
+        ("tests/test_optim.py", "tests/test_latent.py"),
     ),
     "average-stuck": Bug(
         "the running average hardly moves",
