@@ -18,9 +18,10 @@ from vmm.ablation.match import bracket, cost
 from vmm.ablation.pareto import front
 from vmm.ablation.tables import html_table, latex, markdown
 from vmm.build import digest, load_config, save_config
+from vmm.config import numbers
 from vmm.data import world
 from vmm.errors import UserError
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.training.metrics import read_rows
 
 

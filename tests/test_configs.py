@@ -1,33 +1,24 @@
 """Every file in configs/ builds and traces one train step, full size and small; nothing is computed."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from golden import record
 
-from vmm.build import load_config
+from vmm.build import differences, load_config
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.sharding import MeshShape, make_mesh, place_state, to_device
 
-FOLDER = Path(__file__).parent.parent / "configs"
-NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
-# What is not the full recipe and its small version.
-VARIANTS = {"demo.py": ("", "small"), "world_fusion.py": ("", "quick"), "world_latent.py": ("", "small", "random")}
-VARIANTS["finetune_identity.py"] = ("", "scratch", "small")
-VARIANTS["finetune_caption.py"] = ("", "scratch", "subtitles", "small")
-VARIANTS["finetune_answer.py"] = ("", "choices", "dialogue", "scratch", "small")
-VARIANTS["world_frames.py"] = ("", "future", "denoise", "adversary", "small")
-VARIANTS["real_digits.py"] = ("", "finetune", "scratch", "quick")
-VARIANTS["finetune_classify.py"] = ("", "probe", "lora", "layer_decay", "scratch", "small")
+FOLDER, NAMES = record.CONFIGS, record.RECIPES
+PARAMETERS = record.read("parameters")
 
 
 def cases():
     """Every recipe once, as small as it comes; its other variants, full size among them, in `make test-all`."""
     for name in NAMES:
-        *others, smallest = VARIANTS.get(name, ("", "small"))
+        *others, smallest = record.variants(name)
         yield pytest.param(name, smallest)
         for variant in others:
             yield pytest.param(name, variant, marks=pytest.mark.exhaustive("a larger trace of the same parts"))
@@ -37,6 +28,9 @@ def cases():
 def test_config_traces_a_train_step(name: str, variant: str, world_folder):
     config = load_config(f"{FOLDER / name}:{variant}")
     experiment = Experiment(config)
+    found, recorded = record.shapes(experiment), PARAMETERS[f"{name}:{variant}"]
+    changed = differences(found if variant == record.variants(name)[-1] else record.summary(found), recorded)
+    assert not changed, "\n".join([*changed, "if that is meant: python tests/golden/record.py parameters"])
     for shape in (MeshShape(data=1, fsdp=8), MeshShape(data=1, fsdp=2, tensor=2, sequence=2)):
         place_state(experiment.shapes, make_mesh(shape))  # raises where an array would be split twice over one axis
     program = experiment.program(None)
@@ -52,8 +46,7 @@ def test_config_traces_a_train_step(name: str, variant: str, world_folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_takes_a_step(name: str, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    *_, smallest = VARIANTS.get(name, ("", "small"))
-    config = load_config(f"{FOLDER / name}:{smallest}")
+    config = load_config(f"{FOLDER / name}:{record.variants(name)[-1]}")
     experiment = Experiment(config)
     shape = MeshShape(data=2, fsdp=2, sequence=2)
     mesh = make_mesh(shape)

@@ -9,9 +9,10 @@ import pytest
 from conftest import small_config
 
 import vmm.train
+from vmm.config import numbers
 from vmm.errors import Preempted, UserError
 from vmm.evaluate import run_evals
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.run import open_run
 from vmm.train import train
 from vmm.training.checkpoint import Checkpoints

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 
 import vmm
 from vmm.__main__ import main
+from vmm.config import Card
 from vmm.errors import UserError
 from vmm.evaluate import Predict, evaluate
-from vmm.experiment import Card, Experiment
+from vmm.experiment import Experiment
 from vmm.publish import FILES, publish
 from vmm.publishing import check as checking
 from vmm.publishing.card import model_card, public

@@ -32,10 +32,11 @@ from vmm.ablation.compare import Comparison, clip_scores, compare, compared_tabl
 from vmm.ablation.match import cost, forward_flops, make_match, match_variant
 from vmm.ablation.tables import html_table, latex, markdown, page
 from vmm.build import digest, load_config, plain, write_text
+from vmm.config import numbers
 from vmm.data.loader import train_digests
 from vmm.errors import UserError, one_of
 from vmm.evaluate import evaluate
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.run import commit
 from vmm.sharding import place_batch
 from vmm.train import train

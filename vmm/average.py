@@ -13,9 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vmm.build import differences, digest, load_config, save_config, write_text
+from vmm.config import numbers
 from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.paths import to_path
 from vmm.run import weights
 from vmm.sharding import MeshShape, make_mesh

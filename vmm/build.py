@@ -22,7 +22,7 @@ from vmm.plugins import admit, admitted
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
 _TYPES = BeartypeConf(is_pep484_tower=True)
-_LINEN = ("parent", "name")
+LINEN = ("parent", "name")  # fields of every Linen module
 
 
 def make(cls: type, spec: Mapping, where: str, **given):
@@ -39,7 +39,7 @@ def make(cls: type, spec: Mapping, where: str, **given):
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"{where}: expected a group of keys, got {shown(spec)}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _LINEN}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in LINEN}
     known = [name for name in fields if name not in given]
     hints = typing.get_type_hints(cls)
     for key, value in spec.items():

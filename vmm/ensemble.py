@@ -8,10 +8,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vmm.build import digest, write_text
+from vmm.config import numbers
 from vmm.data.manifest import Row, manifest_digest
 from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure, print_tables, write_found
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.run import commit, open_run, weights
 from vmm.training.metrics import read_rows
 

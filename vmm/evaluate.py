@@ -18,6 +18,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from vmm.build import digest, write_text
+from vmm.config import numbers
 from vmm.corrupt import SEVERITIES, Captions, corrupt
 from vmm.data.account import Account
 from vmm.data.loader import evaluation_batches
@@ -28,7 +29,7 @@ from vmm.errors import UserError
 from vmm.evals.predictions import lines, write_predictions
 from vmm.evals.scored import Measured, Measuring
 from vmm.evals.tables import grid, show, show_interval
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.model import sample_keys
 from vmm.paths import to_path
 from vmm.progress import progress

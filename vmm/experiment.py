@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from vmm import adapters, perturb
 from vmm.augment import CutMix, MixUp, SpecAugment, augment
 from vmm.build import build, make
+from vmm.config import Card, Config
 from vmm.data import text
 from vmm.data.manifest import Row
 from vmm.data.media import check_size
@@ -35,94 +36,6 @@ from vmm.training.guard import Guard, check_guard
 from vmm.training.optim import Optim, trainable
 from vmm.training.step import Program, make_program
 from vmm.types import MODALITIES, Batch
-
-# Keys that may change between a run and its continuation: they leave its numbers alone.
-_FREE = (
-    "mesh",
-    "evals",
-    "save_every",
-    "keep",
-    "log_every",
-    "eval_every",
-    "health",
-    "check_replicas",
-    "step_timeout",
-    "early",
-    "card",
-    "other_data",
-)
-_FREE_IN_DATA = ("workers", "threads", "prefetch", "cache", "budget", "remote", "evaluation")
-
-
-def numbers(config: Mapping) -> dict:
-    """Returns the part of a config that the numbers of its run depend on."""
-    kept = {key: value for key, value in config.items() if key not in _FREE}
-    kept["data"] = {key: value for key, value in config["data"].items() if key not in _FREE_IN_DATA}
-    return kept
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The groups of a config file. What each holds is said where it is used.
-
-    steps, batch: of training; batch is global. mesh: fields of MeshShape, or "auto" (sharding.auto_shape). seed: of parameters, order, masks. dtype: "float32" or
-    "bfloat16", what activations are computed in. save_every, keep: steps between checkpoints, and
-    how many stay. log_every: steps between lines of metrics. health: steps between lines that hold the health panel
-    (training/health.py), 0: none. balance: how losses are summed, see Recipe. eval_every: steps between evaluations,
-    0: none while training. guard: fields of training.guard.Guard: when a step is skipped, when the run goes back.
-    check_replicas: steps between comparisons of the copies that devices hold of one array, 0: none. step_timeout:
-    seconds after which a step that does not end ends the run (exit code 6), 0: never; ten times that for the first step
-    and for evaluations. init_from: weights that a new run starts from, a folder, run or Hub repository that
-    vmm.load takes, for all parameters of the same names; or modality → such a source, for one encoder each. adapt:
-    ordered (regex, adapter) over parameter paths, see adapters. With any, only adapters and the objectives' heads are
-    trained: all else is frozen, unless optim.rate_rules are given, which then say alone what is. card: see Card.
-    early: fields of training.early.Early: when the run ends before its last step. adversary: fields of perturb.Adversary:
-    the loss under small changes too; none: without. other_data: whether a run may go on though its training clips, or
-    their order, are not those of its checkpoint.
-    """
-
-    steps: int
-    batch: int
-    data: Mapping
-    trunk: Mapping
-    views: Mapping
-    objectives: Mapping
-    optim: Mapping = dataclasses.field(default_factory=dict)
-    mesh: Mapping | str = dataclasses.field(default_factory=dict)
-    evals: Mapping = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    dtype: str = "float32"
-    save_every: int = 1000
-    keep: int = 2
-    log_every: int = 10
-    health: int = 0
-    balance: str = "fixed"
-    eval_every: int = 0
-    step_timeout: float = 600.0
-    guard: Mapping = dataclasses.field(default_factory=dict)
-    check_replicas: int = 0
-    init_from: str | Mapping = dataclasses.field(default_factory=dict)
-    adapt: tuple = ()
-    card: Mapping = dataclasses.field(default_factory=dict)
-    early: Mapping = dataclasses.field(default_factory=dict)
-    adversary: Mapping = dataclasses.field(default_factory=dict)
-    other_data: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a model card says that no record of the run tells, as Markdown; "" is said to be unknown.
-
-    licence: of the weights, by its name on the Hub. data_licence: of the training data. intended_use, out_of_scope: what the
-    model is for, and what not. limits: what it is known to do badly. base_model: the Hub's name of what init_from names.
-    """
-
-    licence: str = "unknown"
-    data_licence: str = ""
-    intended_use: str = ""
-    out_of_scope: str = ""
-    limits: str = ""
-    base_model: str = ""
 
 
 def _traced(initialise: Callable) -> tuple[Callable, object]:

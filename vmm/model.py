@@ -24,6 +24,7 @@ from vmm.layers import layers_of, pool, regularise, scalar
 from vmm.objectives import OBJECTIVES
 from vmm.objectives.captioning import Captioning
 from vmm.objectives.contrastive import Contrastive
+from vmm.settings import setting
 from vmm.training import health
 from vmm.types import TOLD, Batch, Mask, Outputs, Patches, Tokens
 
@@ -36,8 +37,8 @@ class Trunk(nn.Module):
     dtype: what activations are computed in; parameters are float32 always.
     """
 
-    encoders: Mapping
-    fusion: Mapping
+    encoders: Mapping = setting(text="Modality to encoder.", table=ENCODERS, each=True)
+    fusion: Mapping = setting(text="How encoded streams are fused.", table=FUSIONS)
     apart: tuple[str, ...] = ()
     dtype: str = "float32"
 

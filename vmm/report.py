@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import vmm
 from vmm.build import digest, write_text
+from vmm.config import numbers
 from vmm.data.loader import evaluation_batches, mixture
 from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
@@ -25,7 +26,6 @@ from vmm.errors import StorageError, UserError
 from vmm.evals.pictures import Pictures, sheet
 from vmm.evals.tables import grid, show, show_interval
 from vmm.evaluate import Predict
-from vmm.experiment import numbers
 from vmm.model import sample_keys
 from vmm.run import Run, commit, open_run, weights
 from vmm.training.metrics import read_rows

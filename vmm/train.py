@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 
 from vmm.build import differences, digest, load_config, plain, save_config
+from vmm.config import numbers
 from vmm.convert import warm_start
 from vmm.data.loader import Loader
 from vmm.data.manifest import changes, identity
 from vmm.errors import Preempted, UserError, one_of
 from vmm.evaluate import run_evals
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.objectives import OBJECTIVES
 from vmm.paths import to_path
 from vmm.plugins import admit

@@ -13,8 +13,9 @@ import numpy as np
 from vmm.data import media, text
 from vmm.data.manifest import Row
 from vmm.data.reading.problems import to_bits
-from vmm.data.targets import fields_of, fill, make_targets
+from vmm.data.targets import TARGETS, fields_of, fill, make_targets
 from vmm.errors import DataBudgetError, UserError, one_of
+from vmm.settings import setting
 from vmm.types import MODALITIES
 
 _ATTEMPTS = 16  # substitutes tried for a bad file before the loader gives up
@@ -62,9 +63,9 @@ class Augment:
     drop: float | Mapping = 0.0
     colour: float = 0.0
     gain: float = 0.0
-    spectrogram: Mapping = dataclasses.field(default_factory=dict)
-    mixup: Mapping = dataclasses.field(default_factory=dict)
-    cutmix: Mapping = dataclasses.field(default_factory=dict)
+    spectrogram: Mapping = setting({}, group="vmm.augment:SpecAugment", optional=True)
+    mixup: Mapping = setting({}, group="vmm.augment:MixUp", optional=True)
+    cutmix: Mapping = setting({}, group="vmm.augment:CutMix", optional=True)
 
     def __post_init__(self):
         for name in ("area", "aspect"):
@@ -128,38 +129,46 @@ class EvaluationViews:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where samples come from and how they are read.
+    """Where samples come from and how they are read."""
 
-    train: manifest of the training clips; or a mixture, name → {"manifest": …, "weight": …}. tokenizer: a
-    tokenizer.json; not read, and may be left out, where neither a stream of text nor a target needs one. clip: see Clip. buckets: lengths between which batches alternate, each {"seconds": …, "frames": …}
-    in place of the clip's, ascending; a clip is read in the longest that it fills. augment: see Augment.
-    evaluation: see EvaluationViews. labels: label → number of classes that a batch carries. tags: the same for those of which
-    a clip has any number. text: template of the stream of text, as "{history} {question}" of the row's texts; a clip that
-    lacks one of them has no text. targets: name → what else is asked for, see targets.TARGETS. tracks: "video" or "audio" →
-    which stream of its kind is decoded of every file, from 0; default: the one that players take.
-    workers: decoding processes; 0 decodes in threads of this one. threads: per process.
-    prefetch: batches kept ready. cache: bytes of decoded clips kept (per process), for datasets
-    that fit in memory. budget: share of the dataset's files that may fail. remote: folder in which
-    shards fetched from addresses (gs://, s3://, https://) are kept; empty: manifests may not hold addresses.
-    """
-
-    train: str | Mapping
-    tokenizer: str = ""
-    clip: Mapping = dataclasses.field(default_factory=dict)
-    buckets: tuple[Mapping, ...] = ()
-    augment: Mapping = dataclasses.field(default_factory=dict)
-    evaluation: Mapping = dataclasses.field(default_factory=dict)
-    labels: Mapping = dataclasses.field(default_factory=dict)
-    tags: Mapping = dataclasses.field(default_factory=dict)
-    text: str = "{caption}"
-    targets: Mapping = dataclasses.field(default_factory=dict)
-    tracks: Mapping = dataclasses.field(default_factory=dict)
-    workers: int = 2
-    threads: int = 4
-    prefetch: int = 4
-    cache: int = 0
-    budget: float = 0.01
-    remote: str = ""
+    train: str | Mapping = setting(
+        text='Manifest of the training clips; or a mixture, name to {"manifest": …, "weight": …}.'
+    )
+    tokenizer: str = setting("", "A tokenizer.json; not read where neither a stream of text nor a target needs one.")
+    clip: Mapping = setting({}, "The window of a clip that one sample shows.", group=Clip)
+    buckets: tuple[Mapping, ...] = setting(
+        (),
+        'Lengths between which batches alternate, each {"seconds": …, "frames": …} in place of the clip\'s, ascending; '
+        "a clip is read in the longest that it fills.",
+    )
+    augment: Mapping = setting({}, "Randomness of training samples.", group=Augment)
+    evaluation: Mapping = setting(
+        {}, "Views of each clip whose predictions an evaluation averages.", group=EvaluationViews, numerics=False
+    )
+    labels: Mapping = setting({}, "Label to number of classes that a batch carries.")
+    tags: Mapping = setting({}, "The same for labels of which a clip has any number.")
+    text: str = setting(
+        "{caption}",
+        'Template of the stream of text, as "{history} {question}" of the row\'s texts; a clip that lacks one of them has '
+        "no text.",
+    )
+    targets: Mapping = setting({}, "Name to what else is asked for: see data/targets.py.", table=TARGETS, each=True)
+    tracks: Mapping = setting(
+        {},
+        "video or audio to the stream of its kind that is decoded of every file, from 0; default: the one that players take.",
+    )
+    workers: int = setting(2, "Decoding processes; 0 decodes in threads of this one.", numerics=False)
+    threads: int = setting(4, "Decoding threads of a process.", numerics=False)
+    prefetch: int = setting(4, "Batches kept ready.", numerics=False)
+    cache: int = setting(
+        0, "Bytes of decoded clips kept by each process, for datasets that fit in memory.", numerics=False
+    )
+    budget: float = setting(0.01, "Share of the dataset's files that may fail.", numerics=False)
+    remote: str = setting(
+        "",
+        "Folder in which shards fetched from addresses (gs://, s3://, https://) are kept; empty: manifests may hold none.",
+        numerics=False,
+    )
 
 
 def bucket_clips(data: Data, clip: Clip) -> list[Clip]:

@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import vmm
 from vmm.build import digest
+from vmm.config import numbers
 from vmm.data.loader import mixture, train_digests
 from vmm.data.manifest import read_manifest
 from vmm.errors import UserError
 from vmm.evals.tables import grid, show, show_interval
-from vmm.experiment import numbers
 from vmm.plugins import modules
 from vmm.publishing import example
 from vmm.publishing.cost import describe

@@ -17,9 +17,10 @@ from typing import NamedTuple
 from rich.console import Console
 
 from vmm.build import digest, load_config, save_config, write_text
+from vmm.config import numbers
 from vmm.data.loader import train_digests
 from vmm.errors import Preempted, UserError, one_of
-from vmm.experiment import Experiment, numbers
+from vmm.experiment import Experiment
 from vmm.run import commit
 from vmm.search.prune import PRUNERS
 from vmm.search.space import Space, corners, overrides, words
