@@ -20,6 +20,7 @@ from vmm.experiment import Experiment
 from vmm.plugins import admit
 from vmm.run import open_run, weights
 from vmm.sizes import check_claims
+from vmm.told import follow, is_own
 from vmm.weights import fit, load_tensors, parameter_tree
 from vmm.weights.families import reason
 from vmm.weights.fit import unstack
@@ -239,9 +240,10 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
     """Reads a folder of adapters and puts them on their base: a model without adapters."""
     model, clip, labels = _read(folder, config)
     try:
-        adapt, digest, base = config["adapt"], config["base_sha256"], config["base"] if base is None else base
+        adapt, digest, told = config["adapt"], config["base_sha256"], config["base"]
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: is of no folder of adapters ({error} is missing)") from None
+    base = told_base(told, folder) if base is None else base
     own, tokenizer = load_tensors(folder / "adapters.safetensors"), folder / "tokenizer.json"
     source = Source("vmm", model, clip, labels, own, [], tokenizer if tokenizer.is_file() else None)
     try:
@@ -262,6 +264,11 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
         )
     tree = parameter_tree({**under, **own}, nn.unbox(experiment.shapes), folder)
     return source._replace(tensors=flatten_dict(experiment.merged(tree), sep="."))
+
+
+def told_base(told, folder: Path) -> str | dict[str, str]:
+    """Returns the base that a folder of adapters tells, as vmm.load takes it from here; raises UserError as told.follow."""
+    return follow(told, folder, is_own(folder / "config.json"), "`base` (--base)")
 
 
 def _from_hub(source: str | Path) -> Path:
