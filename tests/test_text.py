@@ -15,6 +15,7 @@ from references import CAPTIONS
 from vmm.build import load_config
 from vmm.data import text
 from vmm.data.manifest import read_manifest
+from vmm.data.patterns import check_pattern
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError
 from vmm.experiment import Experiment
@@ -301,6 +302,63 @@ def test_a_tokenizer_of_a_stranger_is_one_line(told, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         text.load_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(error.value)
+
+
+PUBLISHED_PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "clip": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "possessive": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "digits": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))",
+    "spaces": r" {2,}",  # of T5 and SigLIP
+    "cleaned": r"\s+",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PATTERNS)
+def test_patterns_of_published_tokenizers_are_read(name, tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": PUBLISHED_PATTERNS[name]}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    told = harmed(pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    assert text.encode(text.load_tokenizer(tmp_path / "tokenizer.json"), "a red circle", 8).any()
+
+
+@pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer", "decoder"])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+b", "repeats what is itself repeated"),
+        ("(?:a*b?)*c", "repeats what is itself repeated"),
+        ("((a?){4}){9}b", "repeats what is itself repeated"),
+        ("(?=(\\p{L}+ ?)*!)", "repeats what is itself repeated"),
+        ("(?>(a+)+b)", "repeats what is itself repeated"),
+        ("(a|a)*b", "repeats alternatives that may begin alike|repeats what is itself"),
+        ("(a|b|ab)*c", "repeats alternatives that may begin alike"),
+        ("([ab]|cd|[ac])+d", "repeats alternatives that may begin alike"),
+        ("(a)\\1*", "refers back"),
+        ("((a{1000}){1000}){1000}", "more than 10000 copies"),
+        ("a\\g<0>b", "cannot be read"),
+    ],
+)
+def test_a_pattern_that_may_never_end_is_not_compiled(pattern, message, place, tmp_path):
+    where = {"pattern": {"Regex": pattern}}
+    told = {"type": "Replace", "content": "", **where}
+    if place == "pre_tokenizer":
+        told = {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Split", "behavior": "Removed", "invert": False, **where}],
+        }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed(**{place: told})))
+    with pytest.raises(UserError, match=message) as error:
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value) and pattern.replace("\\", "\\\\") in str(error.value)
+
+
+def test_repetitions_that_end_are_allowed():
+    for pattern in ("(?:ab)*c", "(?:a|b|c)+", "(?:ab|cd)*e", "(?:a{1,3},){0,3}", "(?:[0-9]{3})*", "a*b+c?"):
+        check_pattern(pattern)
 
 
 def test_a_file_too_large_is_not_read(tmp_path):

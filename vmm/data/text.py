@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from vmm.data.patterns import check_pattern, patterns_of
 from vmm.errors import UserError, one_of
 from vmm.foreign import parse_json
 
@@ -123,6 +124,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         growth = _growth(told.get("normalizer"))
         if growth > _GROWTH:
             raise ValueError(f"its normalizer makes a text up to {growth:.3g} times as long")
+        for pattern in patterns_of([part for name, part in told.items() if name != "model"]):
+            check_pattern(pattern)
         tokenizer = Tokenizer.from_str(text)
     with _told(path):
         tokenizer = _complete(tokenizer, path)
