@@ -230,8 +230,10 @@ def _run(args) -> int | None:
         _publish(args)
     elif args.command == "convert":
         from vmm.convert import convert
+        from vmm.progress import progress
 
-        convert(args.source, args.folder, args.to)
+        with progress(f"converting {args.source}"):
+            convert(args.source, args.folder, args.to)
     elif args.command == "index":
         from vmm.similar import write_index
 

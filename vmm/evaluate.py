@@ -85,6 +85,10 @@ class Predict:
             known[name] = jax.jit(forward, in_shardings=(None, batch_sharding(self.mesh)))
         return known[name]
 
+    def remarks(self) -> list[str]:
+        """Returns what there is to say of the files that were read, [] where all was as in them."""
+        return [told for manifest, account in self.accounts.items() for told in account.lines(f"{manifest}: ")]
+
     def knows(self, subset: str) -> bool:
         """Whether the model has the streams of a subset; "VAT" is all that it has."""
         return subset == "VAT" or set(SUBSETS[subset]) <= set(self.experiment.config.trunk["encoders"])
@@ -370,9 +374,7 @@ def evaluate(
             write_found(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
         # Written whole: nothing can be appended to a file in a bucket.
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*rows, record]))
-        for manifest, account in predict.accounts.items():
-            for told in account.lines(f"{manifest}: "):
-                print(told)
+        print("".join(f"{told}\n" for told in predict.remarks()), end="")
     print_tables(run.experiment, record["values"], record["intervals"])
     for suite in wanted:
         print_suite(suite, record["suites"][suite], record)
