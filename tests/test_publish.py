@@ -329,7 +329,7 @@ def test_loads_in_a_clean_process_without_jax_at_import(folder, world_folder):
 
 
 def test_broken_folders(folder, tmp_path):
-    for name in (str(tmp_path / "nothing here"), "tests/nowhere", "./nowhere", "nowhere"):  # the Hub is not asked
+    for name in (str(tmp_path / "nothing here"), "tests/nowhere", "./nowhere", "README.md"):  # the Hub is not asked
         with pytest.raises(UserError, match="no such folder; give"):
             vmm.load(name)
     with pytest.raises(UserError, match="holds no model published"):
@@ -348,6 +348,25 @@ def test_broken_folders(folder, tmp_path):
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no such file"):
         vmm.load(copy)
+
+
+def test_names_of_the_hub_have_an_owner_or_none(folder, monkeypatch, capsys):
+    """Nothing is fetched here: the Hub has one repository, of one word."""
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        if name != "gpt2":
+            raise OSError("404: no such repository")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert vmm.load("gpt2").params and vmm.load("gpt2@v1").params
+    for name in ("published-demo", "owner/gpt2"):
+        with pytest.raises(UserError, match=f"^{name}: neither a folder in .* nor a model .* from the Hub .404"):
+            vmm.load(name)
+    assert asked == [("gpt2", None), ("gpt2", "v1"), ("published-demo", None), ("owner/gpt2", None)]
+    assert capsys.readouterr().err.count("no such folder; asking the Hub\n") == 4
 
 
 def test_publishing_again_replaces_only_its_own_files(run, folder):

@@ -58,7 +58,7 @@ class Source(NamedTuple):
 def open_source(
     source: str | Path, base: str | Mapping[str, str] | None = None, plugins: Collection[str] = ()
 ) -> Source:
-    """Reads a folder, or a Hub repository ("owner/name[@revision]"). Nothing is ever unpickled.
+    """Reads a folder, or a Hub repository ("owner/name[@revision]", old ones "name"). Nothing is ever unpickled.
 
     base: of a folder of adapters (`vmm publish --adapters`): what they are put on, as `init_from`; None: where it was
     when they were trained. plugins: modules that may be imported for kinds that are named by import path (plugins.py).
@@ -274,8 +274,9 @@ def told_base(told, folder: Path) -> str | dict[str, str]:
 def _from_hub(source: str | Path) -> Path:
     # What cannot be a name of the Hub, or begins with a folder that is here, is a path: the Hub is not asked for it.
     words = str(source).partition("@")[0].split("/")
-    if len(words) != 2 or not all(words) or words[0] in (".", "..") or Path(words[0]).is_dir():
-        raise UserError(f"{source}: no such folder; give a published folder, a run, or OWNER/NAME of the Hub")
+    here = Path(words[0]).is_dir() if len(words) == 2 else Path(words[0]).exists()
+    if len(words) > 2 or not all(words) or words[0] in (".", "..") or here:
+        raise UserError(f"{source}: no such folder; give a published folder, a run, or [OWNER/]NAME of the Hub")
     source = str(source)
     print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
     from huggingface_hub import snapshot_download  # slow to import, and most sources are folders
@@ -286,4 +287,6 @@ def _from_hub(source: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: neither a folder nor a model that can be had from the Hub ({line})") from None
+        raise UserError(
+            f"{source}: neither a folder in {Path.cwd()} nor a model that can be had from the Hub ({line})"
+        ) from None
