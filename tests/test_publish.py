@@ -13,6 +13,7 @@ from conftest import ROOT, tiny_config
 from huggingface_hub import ModelCard
 
 import vmm
+import vmm.report as drawing
 from vmm.__main__ import main
 from vmm.errors import UserError
 from vmm.evaluate import Predict, evaluate
@@ -420,6 +421,15 @@ def test_report_is_self_contained(run, tmp_path, capsys):
     links = [part.split('"')[0] for part in page.split('src="')[1:] + page.split('href="')[1:]]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "V→T R@1" in capsys.readouterr().out
+
+
+def test_captions_in_a_report_are_text(run, tmp_path, monkeypatch):
+    evil = "<script>alert(1)</script>"
+    rows = drawing.read_manifest
+    monkeypatch.setattr(drawing, "read_manifest", lambda *told: [r._replace(captions=(evil,)) for r in rows(*told)])
+    monkeypatch.setattr(drawing, "decode_ids", lambda *_: evil)
+    page = report(run, tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 12
 
 
 def test_report_without_a_run(tmp_path):

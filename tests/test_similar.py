@@ -69,6 +69,17 @@ def test_it_can_be_asked_by_clip_file_and_words(index, capsys):
     assert "likeness" in capsys.readouterr().out
 
 
+def test_captions_and_names_are_printed_as_text(index, tmp_path, capsys):
+    """Neither markup of the table nor commands of the terminal."""
+    shutil.copytree(index, tmp_path / "index")
+    items = [json.loads(line) for line in (index / "items.jsonl").read_text().splitlines()]
+    items = [item | {"caption": "[/red]\x1b[2J", "path": "[b]"} for item in items]
+    (tmp_path / "index" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    ask(tmp_path / "index", clip=items[0]["id"], count=1)
+    printed = capsys.readouterr().out
+    assert "[/red]" in printed and "x1b" in printed and "\x1b[2J" not in printed and "[b]" in printed
+
+
 def test_what_cannot_be_asked_is_one_line(run, index, world_folder, tmp_path, capsys):
     with pytest.raises(UserError, match="no clip 'train-00099'"):
         ask(index, clip="train-00099")

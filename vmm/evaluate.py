@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -413,10 +414,10 @@ def print_tables(
             rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
         notes = [f"{key} {value:g}" for key, value in notes.items()]
         notes += ["below: 95 % interval, bootstrap over clips"] if ends else []
-        table = Table(title=name, caption="  ".join(notes) or None)
+        table = Table(title=escape(name), caption=escape("  ".join(notes)) or None)
         table.add_column("")
         for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(escape(column), justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(row, *(texts[row, column] for column in columns))
+            table.add_row(escape(row), *(texts[row, column] for column in columns))
         console.print(table)

@@ -193,7 +193,7 @@ def _robustness(suite: dict, values: dict) -> str:
             line += [np.mean([suite[f"{corruption}/{s}"]["values"][key] for key in mine]) for s in severities]
             axis.plot([0, *severities], [100 * value for value in line], label=corruption, linewidth=1.2, marker=".")
             cells = "".join(f"<td>{show('', float(value))}</td>" for value in line)
-            rows.append(f"<tr><td>{html.escape(evaluator)}, {corruption}</td>{cells}</tr>")
+            rows.append(f"<tr><td>{html.escape(f'{evaluator}, {corruption}')}</td>{cells}</tr>")
         axis.set_title(f"{evaluator}, mean of {len(mine)}", fontsize=9)
         axis.set_xlabel("severity")
         axis.set_ylabel("%")

@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.numpy import load_file
 from usearch.index import Index
 
 import vmm
 from vmm.build import write_text
 from vmm.data.account import Account
+from vmm.data.inspection.dataset import printable
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
@@ -266,11 +268,12 @@ def ask(
         if query.shape[1] != similar.vectors.shape[1]:
             raise UserError(f"similar: {', '.join(given)} and the index are embedded in different widths; use --clip")
         found = (similar.exact if exact else similar.approximate)(query, count)
-    table = Table(title=f"like {clip or file or words!r}")
+    table = Table(title=Text(printable(f"like {clip or file or repr(words)}")))
     for column in ("", "likeness", "clip", "caption", "path"):
         table.add_column(column, justify="right" if column in ("", "likeness") else "left")
     for number, (place, likeness) in enumerate(zip(found.places[0], found.likeness[0]), 1):
         item = similar.items[place]
-        table.add_row(str(number), f"{likeness:.3f}", item["id"], item["caption"], item["path"])
+        told = (Text(printable(item[key])) for key in ("id", "caption", "path"))  # a caption may look like markup
+        table.add_row(str(number), f"{likeness:.3f}", *told)
     Console().print(table)
     return found
