@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -181,8 +183,9 @@ def since_fault(world, folder, fault, **changes):
     config = saved_config(contrast_config(world, eval_every=0, save_every=100) | changes, folder / "config.json")
     job = Job(["-m", "vmm", "train", config, "--workdir", folder / "run"], folder, devices=1, VMM_FAULT=fault)
     deadline = time.monotonic() + 200
-    while "VMM_FAULT" not in job.logs[1].read_text():
-        assert time.monotonic() < deadline, job.logs[1].read_text()[-2000:]
+    log = job.logs[int(fault.partition(":")[2][0])]
+    while "VMM_FAULT" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.02)
     began = time.monotonic()
     ended = job.wait(60)
@@ -197,13 +200,31 @@ def test_exception_in_one_process_ends_all_with_it_last(world_folder, tmp_path):
     assert ended[1].last.startswith("vmm.training.faults.InjectedFault: ")
 
 
-def test_killed_process_ends_the_other(world_folder, tmp_path):
+@pytest.mark.parametrize(
+    "killed", [1, pytest.param(0, marks=pytest.mark.exhaustive("the abort of JAX's client is tried by itself"))]
+)
+def test_killed_process_ends_the_other(world_folder, tmp_path, killed):
     """Nothing is logged at the step: it is the comparison of copies that meets the broken connection."""
-    ended, seconds = since_fault(world_folder, tmp_path, "kill:1@4", check_replicas=1, log_every=10)
-    assert [end.code for end in ended] == [1, -9], [end.log[-2000:] for end in ended]
+    ended, seconds = since_fault(world_folder, tmp_path, f"kill:{killed}@4", check_replicas=1, log_every=10)
+    other = ended[1 - killed]
+    assert (other.code, ended[killed].code) == (1, -9), [end.log[-2000:] for end in ended]
     assert seconds < 15
-    assert re.fullmatch(r"vmm: process 1 \(.*\) is gone without a word: killed, or its machine is.*", ended[0].last)
-    assert "Traceback" not in ended[0].log
+    assert re.fullmatch(
+        rf"vmm: process {killed} \(.*\) is gone without a word: killed, or its machine is.*", other.last
+    )
+    assert "Traceback" not in other.log
+
+
+@pytest.mark.parametrize(("said", "code"), [("the line", 1), ("", -signal.SIGABRT)])
+def test_an_abort_waits_for_what_the_link_has_to_say(said, code):
+    """JAX's client aborts where process 0 is gone. Without a word to come, an abort is one, 6 s later."""
+    program = (
+        "import ctypes, os, threading\nfrom vmm.training.link import abort_late\nabort_late()\n"
+        f"if {said!r}: threading.Timer(0.2, lambda: (print({said!r}, flush=True), os._exit(1))).start()\n"
+        "ctypes.CDLL(None).abort()\n"  # as native code does, without Python's lock
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (code, said)
 
 
 def test_stuck_process_ends_all_within_the_time_of_a_step(world_folder, tmp_path):

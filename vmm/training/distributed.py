@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from vmm.errors import PeerError, Preempted, UserError
 from vmm.training.cluster import find_place
-from vmm.training.link import Link, bind_address
+from vmm.training.link import Link, abort_late, bind_address
 
 HANG = 6  # the exit code of a step that did not end
 # Seconds. The link knows of a killed process at once and of a silent machine after 10; one that is stopped or slow is for
@@ -193,6 +193,7 @@ def join(timeout: float = 300) -> None:
     timeout = float(os.environ.get("VMM_JOIN_TIMEOUT", timeout))
     bind = bind_address(place, os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")) if place.process == 0 else ""
     link = Link(place, bind, timeout)
+    abort_late()
     port = place.coordinator.rsplit(":", 1)[1]
     # Its handler of SIGTERM would be replaced by StopSignal's in silence, or replace it.
     jax.config.update("jax_enable_preemption_service", False)
