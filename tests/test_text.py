@@ -356,6 +356,16 @@ def test_a_pattern_that_may_never_end_is_not_compiled(pattern, message, place, t
     assert "\n" not in str(error.value) and pattern.replace("\\", "\\\\") in str(error.value)
 
 
+def test_a_text_that_the_library_gives_up_is_one_line(tmp_path):
+    """Time of a power of the length is not detected; the library stops after so many attempts, by a panic."""
+    split = {"type": "Split", "pattern": {"Regex": r"a+a+a+a+a+a+(?!a)\d"}, "behavior": "Removed", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed(pre_tokenizer=split)))
+    tokenizer = text.load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"^tokenizer: gives up on the text 'aaa.* \(.*retry-limit") as error:
+        text.encode(tokenizer, "a" * 200, 8)
+    assert "\n" not in str(error.value)
+
+
 def test_repetitions_that_end_are_allowed():
     for pattern in ("(?:ab)*c", "(?:a|b|c)+", "(?:ab|cd)*e", "(?:a{1,3},){0,3}", "(?:[0-9]{3})*", "a*b+c?"):
         check_pattern(pattern)

@@ -236,8 +236,20 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
-    """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer."""
-    found = tokenizer.encode(clean(text), add_special_tokens=False)
+    """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer.
+
+    Raises:
+      UserError: the library gives the text up, as where a regex of the tokenizer needs too many attempts.
+    """
+    try:
+        found = tokenizer.encode(clean(text), add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which is no Exception
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"tokenizer: gives up on the text {text[:80]!r} ({line[:200]}); use another tokenizer"
+        ) from None
     found.truncate(max(0, length - tokenizer.num_special_tokens_to_add(False)))
     whole = tokenizer.post_process(found)
     ids = whole.ids[:length]
