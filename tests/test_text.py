@@ -11,6 +11,7 @@ import references
 from conftest import ROOT
 from from_torch import BERT, CLIP, norm, relative, stack
 from references import CAPTIONS
+from tokenizers import Regex, decoders
 
 from vmm.build import load_config
 from vmm.data import text
@@ -361,9 +362,32 @@ def test_a_text_that_the_library_gives_up_is_one_line(tmp_path):
     split = {"type": "Split", "pattern": {"Regex": r"a+a+a+a+a+a+(?!a)\d"}, "behavior": "Removed", "invert": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps(harmed(pre_tokenizer=split)))
     tokenizer = text.load_tokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"^tokenizer: gives up on the text 'aaa.* \(.*retry-limit") as error:
+    with pytest.raises(UserError, match=r"^tokenizer: gives up on 'aaa.* \(.*retry-limit") as error:
         text.encode(tokenizer, "a" * 200, 8)
     assert "\n" not in str(error.value)
+    replace = decoders.Replace(Regex(split["pattern"]["Regex"]), "")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), replace])  # of the whole text
+    with pytest.raises(UserError, match=r"^tokenizer: gives up on \[.* \(.*retry-limit"):
+        text.decode_ids(tokenizer, [tokenizer.token_to_id("a")] * 200)
+
+
+def test_a_tokenizer_that_gives_up_the_first_text_is_refused(tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("no such piece")
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed()))
+    monkeypatch.setattr(text, "special_ids", panic)  # an error of the library: no text is spelled without it
+    with pytest.raises(UserError, match="not a tokenizer.json .no such piece"):
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    monkeypatch.undo()
+    monkeypatch.setattr(text, "clean", panic)  # inside of what turns it into one line
+    with pytest.raises(
+        UserError, match="tokenizer.json: not a tokenizer.json .tokenizer: gives up on 'A red circle.*no such piece"
+    ):
+        text.load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_repetitions_that_end_are_allowed():
