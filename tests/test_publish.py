@@ -111,6 +111,7 @@ def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     for name in ("metrics.jsonl", "config.json"):
         shutil.copyfile(run / name, tmp_path / name)
     (tmp_path / "evals.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "average.json").write_text(json.dumps({"members": [{"run": "/home/someone/runs/a", "step": 3}]}))
     opened.experiment.card = Card(
         licence="lab-2", data_licence="cc-by-4.0", intended_use="counting circles", limits="no squares",
         out_of_scope="faces", base_model="owner/base",
@@ -121,6 +122,7 @@ def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     for words in ("counting circles", "faces", "no squares", "Licence of the data: cc-by-4.0.", 'base="owner/base"'):
         assert words in card.text
     assert "unknown: the run kept no ledger" in card.text
+    assert "mean of 1: runs/a at step 3" in card.text and "someone" not in card.text
     line = f"|retrieval/V→T/R@1|blur|{100 * record['values']['retrieval/V→T/R@1']:.1f} %|"
     assert line + "|".join([f"{100 * noisy['retrieval/V→T/R@1']:.1f} % (1.0–50.0)"] * 2) in card.text
     assert "|retrieval/V→A/R@1|blur" not in card.text, "a number that the noise leaves alone"
