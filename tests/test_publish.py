@@ -111,7 +111,7 @@ def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     for name in ("metrics.jsonl", "config.json"):
         shutil.copyfile(run / name, tmp_path / name)
     (tmp_path / "evals.jsonl").write_text(json.dumps(record) + "\n")
-    (tmp_path / "average.json").write_text(json.dumps({"members": [{"run": "/home/someone/runs/a", "step": 3}]}))
+    (tmp_path / "average.json").write_text(json.dumps({"members": [{"run": "/users/someone/runs/a", "step": 3}]}))
     opened.experiment.card = Card(
         licence="lab-2", data_licence="cc-by-4.0", intended_use="counting circles", limits="no squares",
         out_of_scope="faces", base_model="owner/base",
