@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from vmm.publish import publish
 from vmm.publishing.check import check
 from vmm.run import open_run, weights
 from vmm.sharding import MeshShape, make_mesh, to_device
+from vmm.told import note_own
 from vmm.train import train
 from vmm.training.allocation import allocating
 from vmm.training.depth import layer_rates
@@ -505,7 +507,31 @@ def test_adapters_of_another_base_are_one_line(runs):
     with pytest.raises(UserError, match="has no init_from"):
         publish(runs[0], runs[0].parent / "none", adapters=True)
     config = json.loads((folder / "config.json").read_text())
-    assert config["base"] == str(runs[0]) and len(config["base_sha256"]) == 64
+    assert config["base"] == "../base" and len(config["base_sha256"]) == 64
+
+
+@pytest.mark.parametrize("told", ["ABSOLUTE", "../../elsewhere/base", {"video": "ABSOLUTE"}, 5])
+def test_a_strangers_adapters_lead_nowhere(runs, tmp_path, monkeypatch, told):
+    """The config of a folder of adapters is its author's; this user's own is followed, also one of before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(runs[0], tmp_path / "elsewhere" / "base")
+    folder = tmp_path / "downloads" / "alone"
+    shutil.copytree(publish(runs[1], runs[1].parent / "alone", adapters=True), folder)
+    place = str(tmp_path / "elsewhere" / "base")
+    told = {"video": place} if isinstance(told, dict) else place if told == "ABSOLUTE" else told
+    config = json.loads((folder / "config.json").read_text()) | {"base": told}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="give it as `base`") as refused:
+        vmm.load(folder)
+    assert "\n" not in str(refused.value)
+    if not isinstance(told, str):
+        return
+    assert vmm.load(folder, base=place).params
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert vmm.load(folder).params, "below where vmm runs"
+    note_own(folder / "config.json")
+    assert vmm.load(folder).params, "this user wrote it"
 
 
 # ---- adapters that are modules -------------------------------------------------------------------

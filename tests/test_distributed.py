@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,10 +22,12 @@ from vmm.build import save_config
 from vmm.errors import PeerError, UserError
 from vmm.run import open_run
 from vmm.train import train
+from vmm.training import distributed
 from vmm.training.cluster import Place, find_place, first_host, listening_host
 from vmm.training.link import Link
 from vmm.training.metrics import read_rows
 from vmm.training.runtime import RunLock
+from vmm.training.watchdog import Watchdog
 
 STEPS, BATCH = 10, 16
 WORKER = ROOT / "tests" / "worker.py"
@@ -179,8 +183,9 @@ def since_fault(world, folder, fault, **changes):
     config = saved_config(contrast_config(world, eval_every=0, save_every=100) | changes, folder / "config.json")
     job = Job(["-m", "vmm", "train", config, "--workdir", folder / "run"], folder, devices=1, VMM_FAULT=fault)
     deadline = time.monotonic() + 200
-    while "VMM_FAULT" not in job.logs[1].read_text():
-        assert time.monotonic() < deadline, job.logs[1].read_text()[-2000:]
+    log = job.logs[int(fault.partition(":")[2][0])]
+    while "VMM_FAULT" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.02)
     began = time.monotonic()
     ended = job.wait(60)
@@ -195,11 +200,31 @@ def test_exception_in_one_process_ends_all_with_it_last(world_folder, tmp_path):
     assert ended[1].last.startswith("vmm.training.faults.InjectedFault: ")
 
 
-def test_killed_process_ends_the_other(world_folder, tmp_path):
-    ended, seconds = since_fault(world_folder, tmp_path, "kill:1@4")
-    assert [end.code for end in ended] == [1, -9], [end.log[-2000:] for end in ended]
+@pytest.mark.parametrize(
+    "killed", [1, pytest.param(0, marks=pytest.mark.exhaustive("the abort of JAX's client is tried by itself"))]
+)
+def test_killed_process_ends_the_other(world_folder, tmp_path, killed):
+    """Nothing is logged at the step: it is the comparison of copies that meets the broken connection."""
+    ended, seconds = since_fault(world_folder, tmp_path, f"kill:{killed}@4", check_replicas=1, log_every=10)
+    other = ended[1 - killed]
+    assert (other.code, ended[killed].code) == (1, -9), [end.log[-2000:] for end in ended]
     assert seconds < 15
-    assert re.fullmatch(r"vmm: process 1 \(.*\) is gone without a word: killed, or its machine is.*", ended[0].last)
+    assert re.fullmatch(
+        rf"vmm: process {killed} \(.*\) is gone without a word: killed, or its machine is.*", other.last
+    )
+    assert "Traceback" not in other.log
+
+
+@pytest.mark.parametrize(("said", "code"), [("the line", 1), ("", -signal.SIGABRT)])
+def test_an_abort_waits_for_what_the_link_has_to_say(said, code):
+    """JAX's client aborts where process 0 is gone. Without a word to come, an abort is one, 6 s later."""
+    program = (
+        "import ctypes, os, threading\nfrom vmm.training.link import abort_late\nabort_late()\n"
+        f"if {said!r}: threading.Timer(0.2, lambda: (print({said!r}, flush=True), os._exit(1))).start()\n"
+        "ctypes.CDLL(None).abort()\n"  # as native code does, without Python's lock
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (code, said)
 
 
 def test_stuck_process_ends_all_within_the_time_of_a_step(world_folder, tmp_path):
@@ -231,6 +256,11 @@ def test_a_process_that_is_stopped_is_slow_until_the_time_of_a_step(world_folder
     ended = job.wait(100)
     assert ended[0].code == codes[0], ended[0].log[-2000:]
     assert codes[1] in (None, ended[1].code), ended[1].log[-2000:]
+    if codes[0]:
+        assert re.fullmatch(
+            r"vmm: error: step \d+ did not end within 6 s; no sign of life from process 1 \(.*\): .*", ended[0].last
+        )
+        assert "most recent call first" not in ended[0].log
 
 
 # ---- finding each other -------------------------------------------------------------------------------
@@ -376,6 +406,44 @@ def test_messages_reach_all_and_a_death_is_noticed():
     for link in links:
         for line in list(link.lines.values()):
             line.close()
+
+
+@pytest.mark.parametrize(("stopped", "told"), [(2, {0: [2], 1: [2]}), (0, {1: [0], 2: [0]}), (None, {0: [], 1: []})])
+def test_who_gives_no_sign_of_life_is_known_to_all(stopped, told):
+    """Process 1 hears of process 2 through process 0. A process that is stopped reads nothing, and its line stays open."""
+    links = linked(3)
+    jobs = {number: distributed._Job(link) for number, link in enumerate(links) if number != stopped}
+    assert {number: jobs[number].silent(0.3) for number in told} == told
+    for job in jobs.values():
+        job.leaving |= {0, 1, 2}  # or a closed line would end this very process
+    for link in links:
+        for line in list(link.lines.values()):
+            line.close()
+
+
+@pytest.mark.parametrize("silent", [{}, {1: "process 1 (a-host)"}])
+def test_a_step_that_waits_for_a_silent_process_names_it(monkeypatch, capfd, silent):
+    said, ended = [], threading.Event()
+
+    def hang(line, processes):
+        said.append((line, list(processes)))
+        ended.set()
+        watchdog.deadline = float("inf")
+
+    monkeypatch.setattr(distributed, "silent", lambda seconds: silent)
+    monkeypatch.setattr(distributed, "hang", hang)
+    monkeypatch.setattr(Watchdog, "_place", lambda self: ("vmm/train.py:1 (step)", True))
+    with Watchdog(0.2) as watchdog:
+        watchdog.beat("step 4")
+        assert ended.wait(5)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == f"vmm: error: {said[0][0]}" and said[0][1] == list(silent)
+    if silent:
+        assert said[0][0].startswith("step 4 did not end within 0.2 s; no sign of life from process 1 (a-host): ")
+        assert len(lines) == 1
+    else:
+        assert said[0][0] == "step 4 did not end within 0.2 s; it waits at vmm/train.py:1 (step)"
+        assert any("most recent call first" in line for line in lines)
 
 
 def wait_until(condition) -> None:

@@ -1,5 +1,6 @@
 """An ensemble is the mean of what its members say: probabilities of classes, dot products of embeddings, numbers."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_what_does_not_belong_together_is_one_line(experiment, other, message):
         blend([{"row": np.arange(2), "labels/shape": np.zeros((2, 6))}, other], experiment)
 
 
-def test_runs_together(world_folder, tmp_path, capsys):
+def test_runs_together(world_folder, tmp_path, capsys, monkeypatch):
     """Of runs: a model with itself scores as alone; two models give the mean of their probabilities, by hand."""
     for name, seed in (("a", 1), ("b", 2)):
         write_run(tmp_path / name, slim(world_folder), (4,), seed)
@@ -103,6 +104,14 @@ def test_runs_together(world_folder, tmp_path, capsys):
     with pytest.raises(UserError, match="what 'generate' writes has no mean"):
         both.ask(data, "V", "generate")
 
+    doing = []
+
+    @contextlib.contextmanager
+    def progress(words):
+        yield lambda *told: doing.append(told)
+
+    monkeypatch.setattr("vmm.ensemble.progress", progress)
+    monkeypatch.setattr("vmm.data.account.Account.lines", lambda self, of="": [f"{of}1 ends early"])
     said, out = str(tmp_path / "said.jsonl"), tmp_path / "a" / "ensembles.jsonl"
     words = ["ensemble", str(tmp_path / "a"), str(tmp_path / "b"), "--predictions", said]
     assert main(words) == 0
@@ -113,7 +122,12 @@ def test_runs_together(world_folder, tmp_path, capsys):
     low, high = record["intervals"]["labels/V/shape"]
     assert low <= hits.mean() <= high and [one["step"] for one in record["members"]] == [4, 4]
     assert len(open(said).read().splitlines()) == 1 + len(hits)
-    assert "labels" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "labels" in printed and printed.count(f"{data}: 1 ends early\n") == 1, "of one file, whoever read it"
+    count = len(rows["row"])
+    assert {told for told in doing if told[0] == count} == {
+        (count, count, f"model {number} of 2: reading {data}") for number in (1, 2)
+    }
     assert main(["ensemble", str(tmp_path / "a")]) == 2
     assert main([*words[:3], "--evals", "label"]) == 2
     assert "has no evaluator 'label'; did you mean 'labels'" in capsys.readouterr().err

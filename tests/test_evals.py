@@ -1,6 +1,7 @@
 """Evaluators against hand-made truth: perfect, chance, ties, gaps; exact for any size, batch and shard count."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from vmm.evals.calibration import softmax
 from vmm.evals.classification import Classification, accuracy, confusion, hits, macro, per_class, votes
 from vmm.evals.predictions import lines
 from vmm.evals.probe import Probe
-from vmm.evals.retrieval import Retrieval, ranks, recall, table, unit
+from vmm.evals.retrieval import Retrieval, found, ranks, recall, score, table, unit
 from vmm.evals.tables import grid
 from vmm.evals.tagging import Tagging, average_precision, curves, roc_area
 from vmm.evaluate import Predict
@@ -46,18 +47,38 @@ def test_recall_of_truth_and_of_constants(size):
 
 
 def test_nan_is_never_a_hit():
-    above, level = ranks(np.full((5, 3), np.nan), np.ones((5, 3)))
-    assert recall(above, level, 1) == 0.0
+    assert recall(*ranks(np.full((5, 3), np.nan), np.ones((5, 3))), 1) == 0.0
 
 
 def test_ranks_equal_a_sort():
     rng = np.random.default_rng(1)
     queries, keys = rng.normal(size=(50, 6)), rng.normal(size=(50, 6))
-    above, level = ranks(queries, keys)
+    above, level, right = ranks(queries, keys)
     scores = queries @ keys.T
     expected = [int(np.flatnonzero(np.argsort(-scores[i]) == i)[0]) for i in range(50)]
     assert above.tolist() == expected
-    assert level.tolist() == [0] * 50
+    assert level.tolist() == [0] * 50 and right.tolist() == [1] * 50
+
+
+def test_several_captions_that_all_tie_are_found_by_chance():
+    """Two videos, three captions and one, all embedded alike: the first of four is right in 3/4 and 1/4 of the orders."""
+    owners = np.array([0, 1]), np.array([0, 0, 0, 1])
+    scored = score("", "", "", np.arange(2), np.ones((2, 8)), np.ones((4, 8)), owners)
+    assert scored.means["R@1"] == pytest.approx([3 / 4, 1 / 4])  # of all clips 1/2: chance among two
+    assert scored.told["rank"] == pytest.approx([1.25, 2.5])  # the mean place of the first of 3, and of 1, among 4
+
+
+def test_chance_of_ties_is_that_of_all_orders():
+    """One key above; then two of its own among five that tie: every order of them is counted."""
+    orders = list(itertools.permutations([True, True, False, False, False]))
+    for k in range(1, 8):
+        by_hand = np.mean([any(order[: max(k - 1, 0)]) for order in orders])
+        assert found(np.array([1]), np.array([3]), np.array([2]), k) == pytest.approx([by_hand]), k
+    first = np.mean([2 + order.index(True) for order in orders])
+    scores = np.array([[2.0, 1, 1, 1, 1, 1, 0]])  # by keys: other, 2 own, 3 others, own
+    owners = np.array([0]), np.array([1, 0, 0, 1, 1, 1, 0])
+    assert [int(x[0]) for x in ranks(np.ones((1, 1)), scores.T, owners)] == [1, 3, 2]
+    assert score("", "", "", np.arange(1), np.ones((1, 1)), scores.T, owners).told["rank"][0] == pytest.approx(first)
 
 
 def test_accuracy_by_hand():

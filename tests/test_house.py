@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vmm"
 
 # Folder or module → floor; a module imports lower floors, or its own folder.
 FLOORS = {
-    "errors": 0, "plugins": 0, "flags": 0, "progress": 0, "paths": 0, "mel": 0, "types": 0, "rules": 0, "sizes": 0, "foreign": 0, "build": 0, "settings": 0, "sharding": 0,
+    "errors": 0, "plugins": 0, "flags": 0, "progress": 0, "paths": 0, "mel": 0, "types": 0, "rules": 0, "sizes": 0, "foreign": 0, "told": 0, "build": 0, "settings": 0, "sharding": 0,
     "layers": 1, "losses": 1, "masking": 1, "pairing": 1, "augment": 1, "perturb": 1, "adapters": 1, "corrupt": 1, "data": 1,
     "encoders": 2, "fusion": 2, "objectives": 2, "training": 2, "evals": 2, "weights": 2,
     "model": 3, "config": 3, "experiment": 3, "run": 3,

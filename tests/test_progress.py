@@ -27,6 +27,16 @@ def test_lines_come_also_while_nothing_is_told(monkeypatch, capsys):
     assert not out and "starting …" in lines and any(text.startswith("reading files: 3 of 9") for text in lines)
 
 
+def test_names_in_brackets_are_no_markup(monkeypatch, capsys):
+    """On a terminal: the bar of a file that is called so."""
+    import rich.console
+
+    monkeypatch.setattr(rich.console.Console, "is_terminal", property(lambda self: True))
+    with progress("reading data[/red].jsonl") as tell:
+        tell(1, 2)
+    assert "data[/red].jsonl" in capsys.readouterr().err
+
+
 def test_a_short_command_says_nothing(capsys):
     with progress("starting") as tell:
         tell(1, 2)

@@ -13,6 +13,7 @@ from conftest import ROOT, tiny_config
 from huggingface_hub import ModelCard
 
 import vmm
+import vmm.report as drawing
 from vmm.__main__ import main
 from vmm.config import Card
 from vmm.errors import UserError
@@ -111,6 +112,7 @@ def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     for name in ("metrics.jsonl", "config.json"):
         shutil.copyfile(run / name, tmp_path / name)
     (tmp_path / "evals.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "average.json").write_text(json.dumps({"members": [{"run": "/users/someone/runs/a", "step": 3}]}))
     opened.experiment.card = Card(
         licence="lab-2", data_licence="cc-by-4.0", intended_use="counting circles", limits="no squares",
         out_of_scope="faces", base_model="owner/base",
@@ -121,6 +123,7 @@ def test_card_tells_all_that_is_known_and_that_the_rest_is_not(run, tmp_path):
     for words in ("counting circles", "faces", "no squares", "Licence of the data: cc-by-4.0.", 'base="owner/base"'):
         assert words in card.text
     assert "unknown: the run kept no ledger" in card.text
+    assert "mean of 1: runs/a at step 3" in card.text and "someone" not in card.text
     line = f"|retrieval/V→T/R@1|blur|{100 * record['values']['retrieval/V→T/R@1']:.1f} %|"
     assert line + "|".join([f"{100 * noisy['retrieval/V→T/R@1']:.1f} % (1.0–50.0)"] * 2) in card.text
     assert "|retrieval/V→A/R@1|blur" not in card.text, "a number that the noise leaves alone"
@@ -330,7 +333,7 @@ def test_loads_in_a_clean_process_without_jax_at_import(folder, world_folder):
 
 
 def test_broken_folders(folder, tmp_path):
-    for name in (str(tmp_path / "nothing here"), "tests/nowhere", "./nowhere", "nowhere"):  # the Hub is not asked
+    for name in (str(tmp_path / "nothing here"), "tests/nowhere", "./nowhere", "README.md"):  # the Hub is not asked
         with pytest.raises(UserError, match="no such folder; give"):
             vmm.load(name)
     with pytest.raises(UserError, match="holds no model published"):
@@ -349,6 +352,25 @@ def test_broken_folders(folder, tmp_path):
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no such file"):
         vmm.load(copy)
+
+
+def test_names_of_the_hub_have_an_owner_or_none(folder, monkeypatch, capsys):
+    """Nothing is fetched here: the Hub has one repository, of one word."""
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        if name != "gpt2":
+            raise OSError("404: no such repository")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert vmm.load("gpt2").params and vmm.load("gpt2@v1").params
+    for name in ("published-demo", "owner/gpt2"):
+        with pytest.raises(UserError, match=f"^{name}: neither a folder in .* nor a model .* from the Hub .404"):
+            vmm.load(name)
+    assert asked == [("gpt2", None), ("gpt2", "v1"), ("published-demo", None), ("owner/gpt2", None)]
+    assert capsys.readouterr().err.count("no such folder; asking the Hub\n") == 4
 
 
 def test_publishing_again_replaces_only_its_own_files(run, folder):
@@ -402,6 +424,15 @@ def test_report_is_self_contained(run, tmp_path, capsys):
     links = [part.split('"')[0] for part in page.split('src="')[1:] + page.split('href="')[1:]]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "V→T R@1" in capsys.readouterr().out
+
+
+def test_captions_in_a_report_are_text(run, tmp_path, monkeypatch):
+    evil = "<script>alert(1)</script>"
+    rows = drawing.read_manifest
+    monkeypatch.setattr(drawing, "read_manifest", lambda *told: [r._replace(captions=(evil,)) for r in rows(*told)])
+    monkeypatch.setattr(drawing, "decode_ids", lambda *_: evil)
+    page = report(run, tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 12
 
 
 def test_report_without_a_run(tmp_path):

@@ -1,6 +1,8 @@
 """Clips that are alike: the index of a real model, its graph beside the exact answer, and what a recommendation is worth."""
 
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ from vmm.data.manifest import read_manifest
 from vmm.errors import UserError
 from vmm.evals.similar import Recommendation, discounted, relevance
 from vmm.similar import Similar, ask, embed_clips, recall, write_index
+from vmm.told import note_own
 from vmm.train import train
 
 
@@ -50,10 +53,10 @@ def test_the_graph_finds_what_is_nearest(index):
     assert 5 not in near.places[0] and near.likeness[0] == pytest.approx(exact.likeness[0], abs=0.05)
 
 
-def test_the_same_clips_give_the_same_index(run, index, world_folder, tmp_path):
-    write_index(str(run), f"{world_folder}/train.jsonl", tmp_path)
+def test_the_same_clips_give_the_same_index(run, index, world_folder):
+    again = write_index(str(run), f"{world_folder}/train.jsonl", run.parent / "again")
     for name in ("vectors.safetensors", "items.jsonl", "index.json", "graph.usearch"):
-        assert (tmp_path / name).read_bytes() == (index / name).read_bytes()
+        assert (again / name).read_bytes() == (index / name).read_bytes()
 
 
 def test_it_can_be_asked_by_clip_file_and_words(index, capsys):
@@ -64,6 +67,17 @@ def test_it_can_be_asked_by_clip_file_and_words(index, capsys):
     assert ask(index, words="a red circle", count=2).places.shape == (1, 2)
     assert main(["similar", str(index), "--clip", own["id"], "--top", "2", "--exact"]) == 0
     assert "likeness" in capsys.readouterr().out
+
+
+def test_captions_and_names_are_printed_as_text(index, tmp_path, capsys):
+    """Neither markup of the table nor commands of the terminal."""
+    shutil.copytree(index, tmp_path / "index")
+    items = [json.loads(line) for line in (index / "items.jsonl").read_text().splitlines()]
+    items = [item | {"caption": "[/red]\x1b[2J", "path": "[b]"} for item in items]
+    (tmp_path / "index" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    ask(tmp_path / "index", clip=items[0]["id"], count=1)
+    printed = capsys.readouterr().out
+    assert "[/red]" in printed and "x1b" in printed and "\x1b[2J" not in printed and "[b]" in printed
 
 
 def test_what_cannot_be_asked_is_one_line(run, index, world_folder, tmp_path, capsys):
@@ -95,6 +109,29 @@ def test_a_graph_that_somebody_else_wrote_is_never_read(index, tmp_path, monkeyp
     similar = Similar(copy)
     own = similar.items[5]["id"]
     assert similar.of_clip(own, 5).places.tolist() == similar.of_clip(own, 5, exact=True).places.tolist()
+
+
+@pytest.mark.parametrize("climbs", [False, True])
+def test_a_model_that_a_stranger_names_is_not_opened(run, index, tmp_path, monkeypatch, capsys, climbs):
+    assert json.loads((index / "index.json").read_text())["model"] == "../run", "no path of this machine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "downloads" / "index"
+    shutil.copytree(index, copy)
+    about = json.loads((copy / "index.json").read_text()) | {
+        "model": os.path.relpath(run, copy) if climbs else str(run)
+    }
+    (copy / "index.json").write_text(json.dumps(about))
+    command = ["similar", str(copy), "--text", "a red circle", "--top", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm.load", lambda *_: pytest.fail("opened what a stranger named"))
+        assert main(command) == 2
+        assert re.fullmatch(r"vmm: error: .* names .* give it as --model\n", capsys.readouterr().err)
+    assert main([*command, "--model", str(run)]) == 0
+    with monkeypatch.context() as patch:
+        patch.chdir(run.parent)
+        assert main(command) == 0, "below where vmm runs"
+    note_own(copy / "graph.usearch")
+    assert main(command) == 0, "this user's own"
 
 
 def test_a_graph_that_this_user_wrote_is_read(index, monkeypatch):

@@ -456,6 +456,22 @@ def test_webdataset(tmp_path):
     assert all(entry.member[0] == "bytes" for entry in got)
 
 
+def test_keys_of_a_tar_that_are_not_used_are_told_once(tmp_path, capsys):
+    for name in "ab":
+        tar(
+            tmp_path / f"{name}.tar", ("1.mp4", b"1"), ("1.json", b'{"caption": "a", "mood": 1, "kind": "x"}'),
+            ("2.mp4", b"2"), ("2.json", b'{"text": "b", "license": "c\\nd", "' + name.encode() + b'": 0}'),
+        )  # fmt: skip
+    assert len(entries(tmp_path, label="kind")) == 4
+    told = f"{tmp_path}: columns that are not used: mood, license, a, b; --label NAME takes one for classes\n"
+    assert capsys.readouterr().err == told
+    path = tar(tmp_path / "c.tar", ("1.mp4", b"1"), ("1.json", b'{"caption": "a", "two\\nlines": 1, "mood": 2}'))
+    entries(path, label="mood")
+    assert capsys.readouterr().err.startswith(f"{path}: columns that are not used: 'two\\nlines'; ")
+    entries(tar(tmp_path / "d.tar", ("1.mp4", b"1"), ("1.json", b'{"caption": "a"}')))
+    assert not capsys.readouterr().err
+
+
 def test_several_media_of_one_key_are_clips_of_their_own(tmp_path):
     names = [f"ep1.{i}.{suffix}" for i in (1, 2, 3) for suffix in ("mp4", "txt")]
     path = tar(tmp_path / "a.tar", *((name, name.encode()) for name in names), ("ep1.json", b'{"kind": "x"}'))

@@ -90,6 +90,21 @@ def test_space_files(tmp_path):
             read_space(tmp_path / name)
 
 
+def test_values_of_a_grid_are_written_short():
+    """As they stand in the ledger and on the command line, which reads them back to the same bits."""
+    space = {
+        "rate": dict(kind="log", low=1e-4, high=1e-2, points=5),
+        "drop": dict(kind="uniform", low=0.1, high=0.4, points=4),
+        "long": dict(kind="uniform", low=0.1234567890123456, high=1.0, points=2),
+        "size": dict(kind="int", low=10**15, high=10**15 + 3, points=2),
+    }
+    domains = make_space(space)
+    assert repr(domains["rate"].grid("")) == "(0.0001, 0.000316227766017, 0.001, 0.00316227766017, 0.01)"
+    assert repr(domains["drop"].grid("")) == "(0.1, 0.2, 0.3, 0.4)"
+    assert domains["long"].grid("") == (0.1234567890123456, 1.0), "not below low"
+    assert domains["size"].grid("") == (10**15, 10**15 + 3)
+
+
 def test_grid_of_a_range_needs_points():
     with pytest.raises(UserError, match=r"space.x: a grid needs points=N"):
         grid(make_space({"x": dict(kind="uniform", low=0.0, high=1.0)}))

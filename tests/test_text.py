@@ -11,10 +11,12 @@ import references
 from conftest import ROOT
 from from_torch import BERT, CLIP, norm, relative, stack
 from references import CAPTIONS
+from tokenizers import Regex, decoders
 
 from vmm.build import load_config
 from vmm.data import text
 from vmm.data.manifest import read_manifest
+from vmm.data.patterns import check_pattern
 from vmm.encoders import ENCODERS
 from vmm.errors import UserError
 from vmm.experiment import Experiment
@@ -301,6 +303,96 @@ def test_a_tokenizer_of_a_stranger_is_one_line(told, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         text.load_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(error.value)
+
+
+PUBLISHED_PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "clip": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "possessive": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "digits": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))",
+    "spaces": r" {2,}",  # of T5 and SigLIP
+    "cleaned": r"\s+",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PATTERNS)
+def test_patterns_of_published_tokenizers_are_read(name, tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": PUBLISHED_PATTERNS[name]}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    told = harmed(pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    assert text.encode(text.load_tokenizer(tmp_path / "tokenizer.json"), "a red circle", 8).any()
+
+
+@pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer", "decoder"])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+b", "repeats what is itself repeated"),
+        ("(?:a*b?)*c", "repeats what is itself repeated"),
+        ("((a?){4}){9}b", "repeats what is itself repeated"),
+        ("(?=(\\p{L}+ ?)*!)", "repeats what is itself repeated"),
+        ("(?>(a+)+b)", "repeats what is itself repeated"),
+        ("(a|a)*b", "repeats alternatives that may begin alike|repeats what is itself"),
+        ("(a|b|ab)*c", "repeats alternatives that may begin alike"),
+        ("([ab]|cd|[ac])+d", "repeats alternatives that may begin alike"),
+        ("(a)\\1*", "refers back"),
+        ("((a{1000}){1000}){1000}", "more than 10000 copies"),
+        ("a\\g<0>b", "cannot be read"),
+    ],
+)
+def test_a_pattern_that_may_never_end_is_not_compiled(pattern, message, place, tmp_path):
+    where = {"pattern": {"Regex": pattern}}
+    told = {"type": "Replace", "content": "", **where}
+    if place == "pre_tokenizer":
+        told = {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Split", "behavior": "Removed", "invert": False, **where}],
+        }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed(**{place: told})))
+    with pytest.raises(UserError, match=message) as error:
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value) and pattern.replace("\\", "\\\\") in str(error.value)
+
+
+def test_a_text_that_the_library_gives_up_is_one_line(tmp_path):
+    """Time of a power of the length is not detected; the library stops after so many attempts, by a panic."""
+    split = {"type": "Split", "pattern": {"Regex": r"a+a+a+a+a+a+(?!a)\d"}, "behavior": "Removed", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed(pre_tokenizer=split)))
+    tokenizer = text.load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"^tokenizer: gives up on 'aaa.* \(.*retry-limit") as error:
+        text.encode(tokenizer, "a" * 200, 8)
+    assert "\n" not in str(error.value)
+    replace = decoders.Replace(Regex(split["pattern"]["Regex"]), "")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), replace])  # of the whole text
+    with pytest.raises(UserError, match=r"^tokenizer: gives up on \[.* \(.*retry-limit"):
+        text.decode_ids(tokenizer, [tokenizer.token_to_id("a")] * 200)
+
+
+def test_a_tokenizer_that_gives_up_the_first_text_is_refused(tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("no such piece")
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(harmed()))
+    monkeypatch.setattr(text, "special_ids", panic)  # an error of the library: no text is spelled without it
+    with pytest.raises(UserError, match="not a tokenizer.json .no such piece"):
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    monkeypatch.undo()
+    monkeypatch.setattr(text, "clean", panic)  # inside of what turns it into one line
+    with pytest.raises(
+        UserError, match="tokenizer.json: not a tokenizer.json .tokenizer: gives up on 'A red circle.*no such piece"
+    ):
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_repetitions_that_end_are_allowed():
+    for pattern in ("(?:ab)*c", "(?:a|b|c)+", "(?:ab|cd)*e", "(?:a{1,3},){0,3}", "(?:[0-9]{3})*", "a*b+c?"):
+        check_pattern(pattern)
 
 
 def test_a_file_too_large_is_not_read(tmp_path):

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(source: str, base=None, plugins=()):
-    """Returns the model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]").
+    """Returns the model in a folder, or in a Hugging Face Hub repository ("owner/name[@revision]"; old ones have no owner).
 
     A folder of `vmm publish` or `vmm convert`, a run, or one in the published layout of a known family (config.json
     + safetensors: VideoMAE, CLIP, BERT, …; see README).

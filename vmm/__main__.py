@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     similar.add_argument("--text", default="", help="words")
     similar.add_argument("--top", type=whole(1), default=10, help="how many (default %(default)s)")
     similar.add_argument("--exact", action="store_true", help="compare with every clip, not by the graph")
+    similar.add_argument("--model", default="", help="what the index was made with; default: where the index says")
 
     summarise = commands.add_parser("summarise", help="the moments of a video that are worth most, as mp4")
     summarise.add_argument("run", help="workdir of a run with a `moments` objective")
@@ -229,8 +230,10 @@ def _run(args) -> int | None:
         _publish(args)
     elif args.command == "convert":
         from vmm.convert import convert
+        from vmm.progress import progress
 
-        convert(args.source, args.folder, args.to)
+        with progress(f"converting {args.source}"):
+            convert(args.source, args.folder, args.to)
     elif args.command == "index":
         from vmm.similar import write_index
 
@@ -238,7 +241,7 @@ def _run(args) -> int | None:
     elif args.command == "similar":
         from vmm.similar import ask
 
-        ask(args.folder, args.clip, args.file, args.text, args.top, args.exact)
+        ask(args.folder, args.clip, args.file, args.text, args.top, args.exact, args.model)
     elif args.command == "summarise":
         from vmm.summarise import summarise_file
 

@@ -13,6 +13,7 @@ and, if it likes,
     against: the variant that the others are compared with; without it all pairs of up to five, else the first
 """
 
+import html
 import importlib.util
 import json
 import math
@@ -297,7 +298,7 @@ def _write(out: Path, title: str, study: Mapping, variants: Mapping, rows: list[
     write_text(out / "table.md", "\n".join(text))
     write_text(out / "table.tex", "\n\n".join(latex(lines, f"{title}: {text}") for _, lines, text in parts[:2]) + "\n")
     picture = (out / "pareto.svg").read_text(encoding="utf-8")
-    shown = [f"<h2>{head}</h2>" * bool(head) + html_table(lines, "small" * (head == "Runs")) + f"<p class='note'>{text}</p>"
+    shown = [f"<h2>{head}</h2>" * bool(head) + html_table(lines, "small" * (head == "Runs")) + f"<p class='note'>{html.escape(text)}</p>"
              for head, lines, text in parts]  # fmt: skip
     write_text(out / "table.html", page(title, [shown[0], picture[picture.index("<svg") :], *shown[1:]]))
     write_text(out / "table.json", json.dumps(table, indent=1) + "\n")

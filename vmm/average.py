@@ -18,6 +18,7 @@ from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure
 from vmm.experiment import Experiment
 from vmm.paths import to_path
+from vmm.progress import progress
 from vmm.run import weights
 from vmm.sharding import MeshShape, make_mesh
 from vmm.source import asked_of
@@ -74,17 +75,21 @@ def average(
         _same_model(experiments[first], experiments[workdir], first, workdir)
     _tell_starts(configs)
     members, state, samples = [], None, 0
-    for workdir, experiment in experiments.items():
-        found, newest, count = _members(to_path(workdir), experiment, digest(numbers(configs[workdir])), last, steps)
-        members += found
-        if state is None:
-            state, samples = newest, count
+    with progress("reading checkpoints") as tell:
+        for number, (workdir, experiment) in enumerate(experiments.items()):
+            tell(number, len(experiments))
+            config = digest(numbers(configs[workdir]))
+            found, newest, count = _members(to_path(workdir), experiment, config, last, steps)
+            members += found
+            if state is None:
+                state, samples = newest, count
     if len(members) < 2:
         raise UserError(f"{first}: one checkpoint alone has no mean; give --last, --steps or further runs")
     told = [{"run": one.run, "step": one.step, "config": one.config} for one in members]
     taken = list(range(len(members)))
     if greedy:
-        taken, scores = _greedy(members, scorer(experiments[first], name), better)
+        with progress("scoring means") as tell:
+            taken, scores = _greedy(members, scorer(experiments[first], name), better, tell)
         told = [one | {"score": value, "taken": i in taken} for i, (one, value) in enumerate(zip(told, scores))]
     values = mean([members[i].values for i in taken])
     step = max(one.step for one in members if one.run == first)
@@ -206,12 +211,18 @@ def scorer(experiment: Experiment, name: str) -> Callable[[dict], float]:
     return score
 
 
-def _greedy(members: Sequence[Member], score: Callable[[dict], float], better: int) -> tuple[list[int], list[float]]:
+def _greedy(
+    members: Sequence[Member], score: Callable[[dict], float], better: int, tell: Callable[..., None]
+) -> tuple[list[int], list[float]]:
     """Returns the places of the members that are taken, in their order, and each member's own score."""
-    scores = [score(one.values) for one in members]
+    scores, total = [], 2 * len(members) - 1
+    for one in members:
+        tell(len(scores), total)
+        scores.append(score(one.values))
     order = sorted(range(len(members)), key=lambda i: (np.isnan(scores[i]), -better * scores[i]))
     taken, best = [order[0]], scores[order[0]]
-    for i in order[1:]:
+    for number, i in enumerate(order[1:]):
+        tell(len(members) + number, total)
         reached = score(mean([members[k].values for k in (*taken, i)]))
         if better * (reached - best) > 0:
             taken, best = [*taken, i], reached

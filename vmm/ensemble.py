@@ -1,7 +1,8 @@
 """vmm ensemble: the predictions of several models, averaged, under the evaluators of the first."""
 
+import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from vmm.data.manifest import Row, manifest_digest
 from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure, print_tables, write_found
 from vmm.experiment import Experiment
+from vmm.progress import progress
 from vmm.run import commit, open_run, weights
 from vmm.training.metrics import read_rows
 
@@ -41,6 +43,15 @@ class Ensemble:
     def writes(self) -> bool:
         """As Predict.writes."""
         return self.members[0].writes
+
+    def remarks(self) -> list[str]:
+        """As Predict.remarks, of all models: what all of them say once."""
+        return list(dict.fromkeys(told for member in self.members for told in member.remarks()))
+
+    def tell(self, tell: Callable[..., None]) -> None:
+        """Has each model tell its progress, and which it is."""
+        for number, member in enumerate(self.members, 1):
+            member.tell = functools.partial(_tell_of, tell, f"model {number} of {len(self.members)}")
 
     def knows(self, subset: str) -> bool:
         """Whether all models have the streams of a subset."""
@@ -80,6 +91,10 @@ class Ensemble:
             severity: {subset: blend([one[severity][subset] for one in found], self.experiment) for subset in known}
             for severity in found[0]
         }
+
+
+def _tell_of(tell: Callable[..., None], who: str, done: int, total: int, doing: str) -> None:
+    tell(done, total, f"{who}: {doing}")
 
 
 def blend(found: Sequence[Mapping], experiment: Experiment) -> dict:
@@ -159,8 +174,10 @@ def ensemble(workdirs: Sequence[str | Path], evals: Sequence[str] = (), predicti
             raise UserError(f"ensemble: {runs[0].workdir} has no evaluator {name!r}; {one_of(name, first.evals)}")
     if evals:
         first.evals = {name: first.evals[name] for name in evals}
-    told = Ensemble([Predict(run.experiment, weights(run.state), run.mesh) for run in runs])
-    found = measure(first, told)
+    models = Ensemble([Predict(run.experiment, weights(run.state), run.mesh) for run in runs])
+    with progress("evaluating") as tell:
+        models.tell(tell)
+        found = measure(first, models)
     specs = [spec for name, spec in runs[0].config["evals"].items() if name in first.evals]
     manifests = sorted({spec[key] for spec in specs for key in ("data", "train") if key in spec})
     members = [
@@ -172,5 +189,6 @@ def ensemble(workdirs: Sequence[str | Path], evals: Sequence[str] = (), predicti
     write_text(path, "".join(json.dumps(row) + "\n" for row in [*read_rows(path), record]))
     if predictions is not None:
         write_found(runs[0], found, identity, Path(predictions))
+    print("".join(f"{told}\n" for told in models.remarks()), end="")
     print_tables(first, record["values"], record["intervals"])
     return record

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -85,6 +86,10 @@ class Predict:
         if name not in known:  # evaluations while training compile once
             known[name] = jax.jit(forward, in_shardings=(None, batch_sharding(self.mesh)))
         return known[name]
+
+    def remarks(self) -> list[str]:
+        """Returns what there is to say of the files that were read, [] where all was as in them."""
+        return [told for manifest, account in self.accounts.items() for told in account.lines(f"{manifest}: ")]
 
     def knows(self, subset: str) -> bool:
         """Whether the model has the streams of a subset; "VAT" is all that it has."""
@@ -371,9 +376,7 @@ def evaluate(
             write_found(run, found, identity, to_path(predictions or run.workdir / "predictions.jsonl"))
         # Written whole: nothing can be appended to a file in a bucket.
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*rows, record]))
-        for manifest, account in predict.accounts.items():
-            for told in account.lines(f"{manifest}: "):
-                print(told)
+        print("".join(f"{told}\n" for told in predict.remarks()), end="")
     print_tables(run.experiment, record["values"], record["intervals"])
     for suite in wanted:
         print_suite(suite, record["suites"][suite], record)
@@ -412,10 +415,10 @@ def print_tables(
             rows, columns, texts = columns, rows, {(column, row): text for (row, column), text in texts.items()}
         notes = [f"{key} {value:g}" for key, value in notes.items()]
         notes += ["below: 95 % interval, bootstrap over clips"] if ends else []
-        table = Table(title=name, caption="  ".join(notes) or None)
+        table = Table(title=escape(name), caption=escape("  ".join(notes)) or None)
         table.add_column("")
         for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(escape(column), justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(row, *(texts[row, column] for column in columns))
+            table.add_row(escape(row), *(texts[row, column] for column in columns))
         console.print(table)

@@ -24,8 +24,10 @@ def progress(doing: str) -> Iterator[Callable[..., None]]:
         with _lines(doing) as tell:
             yield tell
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=console) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # What is printed meanwhile stands above the bar; where stdout is a file it belongs there, not on this console.
+    same = sys.stdout.isatty()
+    with Progress(*columns, transient=True, console=console, redirect_stdout=same) as bar:
         task = bar.add_task(doing, total=None)
 
         def show(done: int = 0, total: int | None = None, doing: str | None = None) -> None:

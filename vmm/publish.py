@@ -25,6 +25,7 @@ from vmm.publishing.card import model_card
 from vmm.publishing.check import embed_as
 from vmm.run import Run, from_where, open_run, weights
 from vmm.source import FORMAT, asked_of, base_tensors, experiment_of, fingerprint, open_source
+from vmm.told import note_own, tell
 from vmm.weights import parameter_tree, save_params
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "README.md", example.CLIP, example.RECORD)
@@ -58,7 +59,7 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
     params, config = weights(run.state), _published_config(run)
     files = tuple(name for name in FILES if spells or name != "tokenizer.json")
     if adapters:
-        own, about = _adapters(run)
+        own, about = _adapters(run, folder)
         params, config, files = unflatten_dict(own, sep="."), config | about, ("adapters.safetensors", *files[1:])
     else:
         params = run.experiment.merged(jax.device_get(params))
@@ -68,6 +69,7 @@ def publish(workdir: str | Path, folder: str | Path, push: str | None = None, ad
         building.mkdir(parents=True)
         save_params(params, building / files[0], {"step": str(run.step)})
         write_text(building / "config.json", json.dumps(config, indent=2) + "\n")
+        note_own(building / "config.json")
         if spells:  # saved, not copied: its padding may stand in another file beside it
             write_text(building / "tokenizer.json", text.load_tokenizer(run.experiment.data.tokenizer).to_str(True))
         write_text(building / "README.md", str(model_card(run, adapters)))
@@ -129,8 +131,8 @@ def _published_config(run: Run) -> dict:
     }
 
 
-def _adapters(run: Run) -> tuple[dict, dict]:
-    """Returns the parameters of a run that its base has not, path with dots → array, and what its config says of them."""
+def _adapters(run: Run, folder: Path) -> tuple[dict, dict]:
+    """Returns the parameters of a run that its base has not, path with dots → array, and what `folder` says of them."""
     base = run.experiment.config.init_from
     if not base:
         raise UserError(f"publish --adapters: {run.workdir} has no init_from, so there is no base to put adapters on")
@@ -138,7 +140,7 @@ def _adapters(run: Run) -> tuple[dict, dict]:
     ours = {name: np.asarray(x) for name, x in flatten_dict(jax.device_get(weights(run.state)), sep=".").items()}
     own = {name: x for name, x in ours.items() if name not in under or x.tobytes() != under[name].tobytes()}
     under = {name: x for name, x in under.items() if name not in own}
-    return own, {"base": base, "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
+    return own, {"base": tell(base, folder), "base_sha256": fingerprint(under), "adapt": run.experiment.config.adapt}
 
 
 def load_published(

@@ -27,6 +27,7 @@ from vmm.evals.pictures import Pictures, sheet
 from vmm.evals.tables import grid, show, show_interval
 from vmm.evaluate import Predict
 from vmm.model import sample_keys
+from vmm.progress import progress
 from vmm.run import Run, commit, open_run, weights
 from vmm.training.metrics import read_rows
 
@@ -57,10 +58,29 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
     if not metrics:
         raise UserError(f"{run.workdir}/metrics.jsonl: holds no metrics to draw; train first")
     evals = [row for row in read_rows(run.workdir / "evals.jsonl") if row["step"] == run.step]
-    values = evals[-1]["values"] if evals else {}
+    with progress(f"drawing {run.workdir}") as tell:
+        parts = _parts(run, metrics, evals[-1] if evals else {}, ablations, tell)
+    title = html.escape(run.workdir.name)
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+    try:
+        write_text(out, page)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    _print_summary(run, metrics, _first(run, "retrieval"), evals[-1]["values"] if evals else {})
+    return out
+
+
+def _parts(
+    run: Run, metrics: list[dict], record: Mapping, ablations: Sequence[Path], tell: Callable[..., None]
+) -> list[str]:
+    """Returns the page's parts in their order. record: of the evaluation of this checkpoint, {}: there is none."""
+    values = record.get("values", {})
     # Records of before there were intervals have none.
-    ends, suites = (evals[-1].get(key, {}) if evals else {} for key in ("intervals", "suites"))
-    parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics, evals[-1] if evals else {})]
+    ends, suites = record.get("intervals", {}), record.get("suites", {})
+    parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics, record)]
     parts += ["<h2>Loss</h2>", _losses(metrics, run.config["objectives"])]
     retrieval = _first(run, "retrieval")
     if retrieval and values:
@@ -70,7 +90,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
             '<p class="note">This checkpoint was not evaluated: run <code>vmm eval</code>, then this again.</p>'
         )
     if retrieval:
-        parts += _similarity(run, retrieval)
+        parts += _similarity(run, retrieval, tell)
         parts += _reconstructions(run, run.experiment.evals[retrieval].data)
     for name in run.experiment.evals:
         if name != retrieval and values:
@@ -83,13 +103,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
         parts += ["<h2>Calibration</h2>", _calibration(suites["calibration"])]
     for folder in ablations:
         parts += _ablation(folder)
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    try:
-        write_text(out, page)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
-    _print_summary(run, metrics, retrieval, values)
-    return out
+    return parts
 
 
 def _first(run: Run, kind: str) -> str | None:
@@ -179,7 +193,7 @@ def _robustness(suite: dict, values: dict) -> str:
             line += [np.mean([suite[f"{corruption}/{s}"]["values"][key] for key in mine]) for s in severities]
             axis.plot([0, *severities], [100 * value for value in line], label=corruption, linewidth=1.2, marker=".")
             cells = "".join(f"<td>{show('', float(value))}</td>" for value in line)
-            rows.append(f"<tr><td>{html.escape(evaluator)}, {corruption}</td>{cells}</tr>")
+            rows.append(f"<tr><td>{html.escape(f'{evaluator}, {corruption}')}</td>{cells}</tr>")
         axis.set_title(f"{evaluator}, mean of {len(mine)}", fontsize=9)
         axis.set_xlabel("severity")
         axis.set_ylabel("%")
@@ -244,12 +258,14 @@ def _cell(column: str, value: float | None, ends: Sequence[float] | None) -> str
     return f'<td class="number">{show(column, value)} <span class="note">{show_interval(column, ends)}</span></td>'
 
 
-def _similarity(run: Run, name: str) -> list[str]:
+def _similarity(run: Run, name: str, tell: Callable[..., None]) -> list[str]:
     """The similarity matrix of videos and captions, and some clips with their nearest captions."""
     evaluator = run.experiment.evals[name]
     predict = Predict(run.experiment, weights(run.state), run.mesh)
+    predict.tell = tell
     predict.asked = {"VAT"}  # what the evaluators ask for besides is not drawn here
     rows = predict(evaluator.data, "VAT")
+    tell(doing=f"drawing {run.workdir}")
     keys = [f"{evaluator.objective}/{stream}" for stream in ("video", "audio", "text")]
     if keys[2] not in rows or (keys[0] not in rows and keys[1] not in rows):
         return []

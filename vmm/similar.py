@@ -7,11 +7,8 @@ An index is a folder: vectors.safetensors (float32 [n E], unit), graph.usearch (
 Yashunin 2018, by the library usearch), items.jsonl (id, path, caption), index.json (model, manifest and its hash).
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +17,22 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.numpy import load_file
 from usearch.index import Index
 
 import vmm
 from vmm.build import write_text
 from vmm.data.account import Account
+from vmm.data.inspection.dataset import printable
 from vmm.data.loader import evaluation_batches
 from vmm.data.manifest import manifest_digest, read_manifest
 from vmm.data.samples import EvaluationViews
 from vmm.errors import StorageError, UserError, one_of
 from vmm.foreign import parse_json
 from vmm.progress import progress
+from vmm.told import follow, is_own, note_own
+from vmm.told import tell as tell_source
 from vmm.weights.tensors import save_arrays
 
 FORMAT = 1
@@ -82,7 +83,7 @@ class Similar:
         """
         if self._graph is None:
             file = self.folder / _GRAPH
-            if file.is_file() and _note(file).is_file():
+            if is_own(file):
                 self._graph = Index.restore(str(file))
             else:
                 self._graph = _graph_of(self.vectors)
@@ -110,13 +111,6 @@ class Similar:
         found = search(self.vectors[own : own + 1], count + 1)
         others = found.places[0] != own
         return Found(found.places[:, others][:, :count], found.likeness[:, others][:, :count])
-
-
-def _note(graph: Path) -> Path:
-    """Returns the file that is there where this user wrote the graph."""
-    with open(graph, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmm" / "graphs" / digest
 
 
 def _graph_of(vectors: np.ndarray) -> Index:
@@ -204,8 +198,8 @@ def write_index(
     items = [{"id": rows[i].id, "path": rows[i].path, "caption": (*rows[i].captions, "")[0]} for i in of_clip]
     about = {
         "format": FORMAT,
-        "model": str(Path(model).resolve()) if Path(model).exists() else model,
-        "manifest": str(manifest),
+        "model": tell_source(model, folder),
+        "manifest": tell_source(manifest, folder),
         "manifest_sha256": manifest_digest(manifest),
         "streams": list(streams) or [name for name in loaded.experiment.modalities if name != "text"],
         "clips": len(items),
@@ -214,10 +208,7 @@ def write_index(
         folder.mkdir(parents=True, exist_ok=True)
         save_arrays({"vectors": vectors}, folder / "vectors.safetensors")
         _graph_of(vectors).save(str(folder / _GRAPH))
-        note = _note(folder / _GRAPH)
-        with contextlib.suppress(OSError):  # without a home the graph is made anew each time
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.touch()
+        note_own(folder / _GRAPH)  # without a home the graph is made anew each time
         write_text(folder / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
         write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
     except OSError as error:
@@ -237,9 +228,17 @@ def recall(similar: Similar, count: int = 10) -> float:
 
 
 def ask(
-    folder: str | Path, clip: str = "", file: str = "", words: str = "", count: int = 10, exact: bool = False
+    folder: str | Path,
+    clip: str = "",
+    file: str = "",
+    words: str = "",
+    count: int = 10,
+    exact: bool = False,
+    model: str = "",
 ) -> Found:
     """Prints the clips that are like one of the index, a media file, or words (of which one is given), and returns them.
+
+    model: that embedded the index, as vmm.load takes it; "": where the index says. The clips' paths are shown and never opened.
 
     Raises:
       UserError: no index, no such clip, or a model that cannot embed what is asked for.
@@ -250,12 +249,17 @@ def ask(
     if clip:
         found = similar.of_clip(clip, count, exact)
     else:
-        model = vmm.load(similar.about["model"])
+        own = is_own(similar.folder / _GRAPH)
+        source = model or follow(similar.about.get("model"), similar.folder, own, "--model")
+        try:
+            loaded = vmm.load(source)
+        except UserError as error:
+            raise error if model else UserError(f"{error}; or give the model of {folder} as --model") from None
         given = {"text": words} if words else {name: file for name in similar.about["streams"] if name != "text"}
         vectors, lacking = {}, []
         for name, value in given.items():
             try:
-                vectors |= model.embed(**{name: value})
+                vectors |= loaded.embed(**{name: value})
             except UserError as error:  # a file without sound is asked for by what is seen
                 lacking.append(error)
         if not vectors:
@@ -264,11 +268,12 @@ def ask(
         if query.shape[1] != similar.vectors.shape[1]:
             raise UserError(f"similar: {', '.join(given)} and the index are embedded in different widths; use --clip")
         found = (similar.exact if exact else similar.approximate)(query, count)
-    table = Table(title=f"like {clip or file or words!r}")
+    table = Table(title=Text(printable(f"like {clip or file or repr(words)}")))
     for column in ("", "likeness", "clip", "caption", "path"):
         table.add_column(column, justify="right" if column in ("", "likeness") else "left")
     for number, (place, likeness) in enumerate(zip(found.places[0], found.likeness[0]), 1):
         item = similar.items[place]
-        table.add_row(str(number), f"{likeness:.3f}", item["id"], item["caption"], item["path"])
+        told = (Text(printable(item[key])) for key in ("id", "caption", "path"))  # a caption may look like markup
+        table.add_row(str(number), f"{likeness:.3f}", *told)
     Console().print(table)
     return found

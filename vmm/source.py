@@ -20,6 +20,7 @@ from vmm.experiment import Experiment
 from vmm.plugins import admit
 from vmm.run import open_run, weights
 from vmm.sizes import check_claims
+from vmm.told import follow, is_own
 from vmm.weights import fit, load_tensors, parameter_tree
 from vmm.weights.families import reason
 from vmm.weights.fit import unstack
@@ -57,7 +58,7 @@ class Source(NamedTuple):
 def open_source(
     source: str | Path, base: str | Mapping[str, str] | None = None, plugins: Collection[str] = ()
 ) -> Source:
-    """Reads a folder, or a Hub repository ("owner/name[@revision]"). Nothing is ever unpickled.
+    """Reads a folder, or a Hub repository ("owner/name[@revision]", old ones "name"). Nothing is ever unpickled.
 
     base: of a folder of adapters (`vmm publish --adapters`): what they are put on, as `init_from`; None: where it was
     when they were trained. plugins: modules that may be imported for kinds that are named by import path (plugins.py).
@@ -239,9 +240,10 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
     """Reads a folder of adapters and puts them on their base: a model without adapters."""
     model, clip, labels = _read(folder, config)
     try:
-        adapt, digest, base = config["adapt"], config["base_sha256"], config["base"] if base is None else base
+        adapt, digest, told = config["adapt"], config["base_sha256"], config["base"]
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: is of no folder of adapters ({error} is missing)") from None
+    base = told_base(told, folder) if base is None else base
     own, tokenizer = load_tensors(folder / "adapters.safetensors"), folder / "tokenizer.json"
     source = Source("vmm", model, clip, labels, own, [], tokenizer if tokenizer.is_file() else None)
     try:
@@ -264,11 +266,17 @@ def _adapted(folder: Path, config: dict, base: str | Mapping[str, str] | None) -
     return source._replace(tensors=flatten_dict(experiment.merged(tree), sep="."))
 
 
+def told_base(told, folder: Path) -> str | dict[str, str]:
+    """Returns the base that a folder of adapters tells, as vmm.load takes it from here; raises UserError as told.follow."""
+    return follow(told, folder, is_own(folder / "config.json"), "`base` (--base)")
+
+
 def _from_hub(source: str | Path) -> Path:
     # What cannot be a name of the Hub, or begins with a folder that is here, is a path: the Hub is not asked for it.
     words = str(source).partition("@")[0].split("/")
-    if len(words) != 2 or not all(words) or words[0] in (".", "..") or Path(words[0]).is_dir():
-        raise UserError(f"{source}: no such folder; give a published folder, a run, or OWNER/NAME of the Hub")
+    here = Path(words[0]).is_dir() if len(words) == 2 else Path(words[0]).exists()
+    if len(words) > 2 or not all(words) or words[0] in (".", "..") or here:
+        raise UserError(f"{source}: no such folder; give a published folder, a run, or [OWNER/]NAME of the Hub")
     source = str(source)
     print(f"{source}: no such folder; asking the Hub", file=sys.stderr)
     from huggingface_hub import snapshot_download  # slow to import, and most sources are folders
@@ -279,4 +287,6 @@ def _from_hub(source: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: neither a folder nor a model that can be had from the Hub ({line})") from None
+        raise UserError(
+            f"{source}: neither a folder in {Path.cwd()} nor a model that can be had from the Hub ({line})"
+        ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from vmm.data.patterns import check_pattern, patterns_of
 from vmm.errors import UserError, one_of
 from vmm.foreign import parse_json
 
@@ -123,13 +124,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         growth = _growth(told.get("normalizer"))
         if growth > _GROWTH:
             raise ValueError(f"its normalizer makes a text up to {growth:.3g} times as long")
+        for pattern in patterns_of([part for name, part in told.items() if name != "model"]):
+            check_pattern(pattern)
         tokenizer = Tokenizer.from_str(text)
     with _told(path):
         tokenizer = _complete(tokenizer, path)
         if max(tokenizer.get_vocab().values(), default=0) >= 1 << 31:
             raise ValueError("an id is beyond int32")
-        with contextlib.suppress(Exception):  # a vocabulary may lack these words; what panics does so here
+        try:
             decode_ids(tokenizer, encode(tokenizer, "A red circle, 3 times.", 8))
+        except UserError as error:  # what panics does so here
+            raise ValueError(str(error)) from None
+        except Exception:
+            pass  # a vocabulary may lack these words
     return tokenizer
 
 
@@ -233,8 +240,13 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
-    """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer."""
-    found = tokenizer.encode(clean(text), add_special_tokens=False)
+    """Returns int32 [L]: a text between its special tokens, cut to L, then padding. tokenizer: from load_tokenizer.
+
+    Raises:
+      UserError: the library gives the text up, as where a regex of the tokenizer needs too many attempts.
+    """
+    with _given_up(text):
+        found = tokenizer.encode(clean(text), add_special_tokens=False)
     found.truncate(max(0, length - tokenizer.num_special_tokens_to_add(False)))
     whole = tokenizer.post_process(found)
     ids = whole.ids[:length]
@@ -248,6 +260,20 @@ def encode(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
 
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Returns the text of token ids, without the special tokens."""
+    """Returns the text of token ids, without the special tokens; raises UserError as `encode`."""
     special = special_ids(tokenizer)
-    return tokenizer.decode([int(i) for i in ids if int(i) not in special]).strip()
+    kept = [int(i) for i in ids if int(i) not in special]
+    with _given_up(kept):
+        return tokenizer.decode(kept).strip()
+
+
+@contextlib.contextmanager
+def _given_up(what: str | list):
+    """Tells in one line of a panic of the library, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"tokenizer: gives up on {repr(what)[:80]} ({line[:200]}); use another one") from None

@@ -20,8 +20,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def ranks(
     queries: np.ndarray, keys: np.ndarray, owners: tuple[np.ndarray, np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, per query, how many keys beat the best of its own, and how many that are not its own tie with that.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, per query, how many keys beat the best of its own, and how many others and how many of its own are level with it.
 
     queries: [n E]; keys: [m E]. owners: int [n] and [m], which video each is of: a query's own keys are those of its video,
     at least one; None: key i is of query i. Not-a-number counts as beaten by all.
@@ -33,36 +33,46 @@ def ranks(
     best = np.where(own, scores, -np.inf).max(1, initial=-np.inf)[:, None]
     above = (~own & (scores > best)).sum(1)
     level = (~own & (scores == best)).sum(1)
+    right = (own & (scores == best)).sum(1)
     bad = ~np.isfinite(best[:, 0])
-    above[bad], level[bad] = (~own[bad]).sum(1), 0
-    return above, level
+    above[bad], level[bad], right[bad] = (~own[bad]).sum(1), 0, 1
+    return above, level, right
 
 
-def found(above: np.ndarray, level: np.ndarray, k: int) -> np.ndarray:
-    """Returns each query's chance [n] that its key is among the first k, ties broken at random: constants give chance."""
-    return np.clip((k - above) / (level + 1.0), 0.0, 1.0)
+def found(above: np.ndarray, level: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """Returns each query's chance [n] that a key of its own is among the first k, ties broken at random: constants give chance.
+
+    above, level, right: as of `ranks`. Of level + right that tie, k − above are taken: none of them is right in
+    C(level, k − above) of C(level + right, k − above) cases.
+    """
+    tied, taken = level + right, k - above
+    miss = np.ones(len(above))
+    for i in range(int(right.max(initial=0))):  # the places of the right ones, all among those that are not taken
+        share = np.clip((tied - taken - i) / np.maximum(tied - i, 1), 0.0, 1.0)
+        miss *= np.where(i < right, share, 1.0)
+    return 1.0 - miss
 
 
-def recall(above: np.ndarray, level: np.ndarray, k: int) -> float:
+def recall(above: np.ndarray, level: np.ndarray, right: np.ndarray, k: int) -> float:
     """Returns R@k in [0, 1], the mean of `found`."""
-    return float(found(above, level, k).mean())
+    return float(found(above, level, right, k).mean())
 
 
 def score(
     name: str, data: str, subset: str, row: np.ndarray, queries: np.ndarray, keys: np.ndarray,
     owners: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Scored:  # fmt: skip
-    """Returns R@1, R@5, R@10 (in [0, 1]) and the median rank (1 is best, ties at their middle). See Scored, `ranks`.
+    """Returns R@1, R@5, R@10 (in [0, 1]) and the median rank (1 is best, ties: the expected one). See Scored, `ranks`.
 
     Queries are what a resample draws; the keys that they are compared with stay.
     """
-    above, level = ranks(queries, keys, owners)
-    rank = 1 + above + level / 2
+    above, level, right = ranks(queries, keys, owners)
+    rank = 1 + above + level / (right + 1)  # of the first right one, where ties are in random order
 
     def rest(places: np.ndarray) -> dict[str, float]:
         return {"median_rank": float(np.median(rank[places]))}
 
-    means = {f"R@{k}": found(above, level, k) for k in (1, 5, 10)}
+    means = {f"R@{k}": found(above, level, right, k) for k in (1, 5, 10)}
     return Scored(name, data, subset, row, means, {"rank": rank}, rest)
 
 

@@ -49,12 +49,14 @@ def run(args) -> None:
     from vmm.planning.plan import as_json, plan
     from vmm.planning.search import search
     from vmm.planning.table import show
+    from vmm.progress import progress
 
     config, every = load_config(args.config, args.overrides), ()
     if args.search:
         result, every = search(config, target, minutes=args.minutes, tries=args.tries, quick=args.quick)
     else:
-        result = plan(config, target, args.quick, args.hlo)
+        with progress(f"compiling {args.config} for {args.device}"):
+            result = plan(config, target, args.quick, args.hlo)
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ from vmm.planning.advice import remat_of
 from vmm.planning.chips import Target
 from vmm.planning.expected import Expected, Use, closed_form, traced
 from vmm.planning.plan import Plan, plan
+from vmm.progress import progress
 from vmm.sharding import AXES, partition
 
 
@@ -164,8 +165,16 @@ def search(
     Compiles the config as it is, estimates all others from it, and compiles at most `tries` of those with most clips/s that
     should fit, while `minutes` last; each corrects the estimate of memory. A line on stderr says where it is.
     """
+    with progress("compiling plans") as tell:
+        return _search(config, target, minutes, tries, quick, tell)
+
+
+def _search(
+    config: Mapping, target: Target, minutes: float, tries: int, quick: bool, tell: Callable[..., None]
+) -> tuple[Plan, list[Plan]]:
     end = time.monotonic() + 60 * minutes
-    say = _progress()
+    say = _teller()
+    tell(0, 1 + tries)
     say("compiling the config as it is")
     experiment = Experiment(plain(config))
     base = plan(_calibrating(config, experiment, target), target, quick)
@@ -190,6 +199,7 @@ def search(
             break
         done.add(best)
         say(f"{len(every)} ways, {len(fits)} should fit; compiling {turn}/{tries}: {best.describe()}")
+        tell(turn, 1 + tries)
         try:
             found = plan(apply(config, best), target, quick)
         except UserError as error:  # heads that do not divide over tensor, and the like
@@ -215,7 +225,7 @@ def _calibrating(config: Mapping, experiment: Experiment, target: Target) -> dic
     return result
 
 
-def _progress():
+def _teller():
     began = time.monotonic()
 
     def say(text: str) -> None:

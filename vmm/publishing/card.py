@@ -127,7 +127,7 @@ def _facts(run: Run, adapters: bool) -> list[tuple[str, str]]:
         )
     if (run.workdir / "average.json").is_file():
         average = json.loads((run.workdir / "average.json").read_text())
-        members = ", ".join(f"{one['run']} at step {one['step']}" for one in average["members"])
+        members = ", ".join(f"{public(one['run'])} at step {one['step']}" for one in average["members"])
         facts.append(("weights", f"mean of {len(average['members'])}: {members}"))
     if metrics:
         first, last = metrics[0], metrics[-1]

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import vmm
 from vmm.errors import UserError, one_of
 from vmm.publishing.example import BASE, Asked, absolute, asked_of, read_record, sha256
+from vmm.source import told_base
 from vmm.weights.published import read_config
 
 # Of the largest value of each stream's embedding. Both sides are computed on a CPU in float32: other machines differ by
@@ -56,8 +57,11 @@ def check(folder: str | Path, base: str | Mapping[str, str] | None = None) -> di
         raise UserError(f"{folder}: README.md is missing")
     text = card.read_text(encoding="utf-8")
     if base is None and f'base="{BASE}"' in text:
-        base = read_config(folder).get("base")
-    found = embed_as(folder, asked_of(text, absolute(base), card))
+        base = told_base(read_config(folder).get("base"), folder)
+    asked = asked_of(text, absolute(base), card)
+    if base is None and asked.base is not None:  # the card is a stranger's as the config is
+        asked = asked._replace(base=absolute(told_base(asked.base, folder)))
+    found = embed_as(folder, asked)
     if set(found) != set(expected):
         raise UserError(f"{card}: its example gives {sorted(found)}, at publishing it gave {sorted(expected)}")
     differences = {}

@@ -58,7 +58,11 @@ class _Range:
         """Returns `points` values, low and high among them; raises UserError if their number is not given."""
         if not self.points:
             raise UserError(f"{where}: a grid needs points=N, or a list of values in place of the range")
-        return tuple(dict.fromkeys(self.at(share) for share in np.linspace(0, 1, self.points)))
+        return tuple(dict.fromkeys(self._neat(self.at(share)) for share in np.linspace(0, 1, self.points)))
+
+    def _neat(self, value: float) -> float:
+        """Returns 0.0001 for 0.00010000000000000009: logarithms and exponentials leave dust in the last digits."""
+        return min(max(float(f"{value:.12g}"), self.low), self.high) if isinstance(value, float) else value
 
     def draw(self, rng: np.random.Generator):
         """Returns a random value."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from vmm.errors import PeerError, Preempted, UserError
 from vmm.training.cluster import find_place
-from vmm.training.link import Link, bind_address
+from vmm.training.link import Link, abort_late, bind_address
 
 HANG = 6  # the exit code of a step that did not end
 # Seconds. The link knows of a killed process at once and of a silent machine after 10; one that is stopped or slow is for
@@ -38,6 +38,7 @@ class _Job:
         self.leaving: set[int] = set()
         self.said: dict[str, object] = {}
         self.heard = threading.Condition()
+        self.signs: set[int] = set()  # who has answered since a sign of life was asked for
         # Where the main thread is, and after which step all stop.
         self.steps = threading.Condition()  # its lock may be taken twice by one thread
         self.step, self.holding, self.until, self.reason = -1, False, None, None
@@ -60,6 +61,10 @@ class _Job:
             with self.heard:
                 self.said[message["said"]] = message["value"]
                 self.heard.notify_all()
+        elif "sign" in message:
+            self._sign(process, int(message["sign"]))
+        elif "alive" in message:
+            self._alive(process, int(message["alive"]))
         elif "stop" in message and self.process == 0:
             self._hold(str(message["stop"]))
         elif "hold" in message:
@@ -89,6 +94,27 @@ class _Job:
         _say(f"vmm: {first}")
         # In a thread of its own: this one sees the others close their lines.
         threading.Thread(target=self.end, args=(int(failure["code"]),), daemon=True).start()
+
+    # ---- who is silent -----------------------------------------------------------------------------
+
+    def silent(self, seconds: float) -> list[int]:
+        """Returns the processes that give no sign of life within so many seconds: stopped, or their machines hang."""
+        self.signs.clear()
+        self.link.send({"sign": self.process})
+        time.sleep(seconds)
+        if self.process and 0 not in self.signs:
+            return [0]  # through which the others would answer
+        return [process for process in range(self.processes) if process not in (self.process, *self.signs)]
+
+    def _sign(self, sender: int, asks: int) -> None:
+        if self.process == 0:
+            self.link.send({"sign": asks}, besides=sender)
+        self.link.send({"alive": self.process})
+
+    def _alive(self, sender: int, process: int) -> None:
+        self.signs.add(process)
+        if self.process == 0:
+            self.link.send({"alive": process}, besides=sender)
 
     # ---- one step after which all stop -------------------------------------------------------------
 
@@ -167,6 +193,7 @@ def join(timeout: float = 300) -> None:
     timeout = float(os.environ.get("VMM_JOIN_TIMEOUT", timeout))
     bind = bind_address(place, os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")) if place.process == 0 else ""
     link = Link(place, bind, timeout)
+    abort_late()
     port = place.coordinator.rsplit(":", 1)[1]
     # Its handler of SIGTERM would be replaced by StopSignal's in silence, or replace it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -228,10 +255,20 @@ def tell(error: BaseException) -> None:
     timer.start()
 
 
-def hang(line: str) -> None:
-    """Ends all processes as stuck; the caller has said why on this one."""
+def silent(seconds: float) -> dict[int, str]:
+    """Waits so long, and returns the processes that gave no sign of life meanwhile, with their names; alone: none."""
+    if _job is None:
+        time.sleep(seconds)
+        return {}
+    return {process: _job.name(process) for process in _job.silent(seconds)}
+
+
+def hang(line: str, silent: Collection[int] = ()) -> None:
+    """Ends all processes as stuck; the caller has said why on this one. silent: who will not hear of it."""
     if _job is not None:
         _job.fail(line, HANG)
+        for process in silent:
+            _job.link.lines.pop(process, None)
         _job.end(HANG)
     os._exit(HANG)
 

@@ -1,4 +1,7 @@
-"""A step that does not end within its time ends the process: every thread's stack, the line it is stuck at, exit code 6."""
+"""A step that does not end within its time ends the process, exit code 6: every thread's stack and the line it is stuck at.
+
+Where it waits for a process that gives no sign of life, that one is named instead.
+"""
 
 import ctypes
 import faulthandler
@@ -62,23 +65,27 @@ class Watchdog:
             if time.monotonic() < self.deadline:
                 continue
             place, waits = self._place()
-            if waits:  # for another process, most likely: that one is to speak first
-                time.sleep(_WAITING)
+            # For another process, most likely: that one is to speak first, and is named where it cannot.
+            silent = distributed.silent(_WAITING) if waits else {}
             if time.monotonic() < self.deadline:
                 continue
             faulthandler.cancel_dump_traceback_later()
-            faulthandler.dump_traceback(file=2, all_threads=True)
-            line = (
-                f"{self.what} did not end within {self.allowed:g} s; it {'waits' if waits else 'is stuck'} at {place}"
-            )
+            line = f"{self.what} did not end within {self.allowed:g} s; "
+            if silent:  # where this one waits says nothing
+                line += (
+                    f"no sign of life from {', '.join(silent.values())}: stopped, or a machine that hangs; see there"
+                )
+            else:
+                faulthandler.dump_traceback(file=2, all_threads=True)
+                line += f"it {'waits' if waits else 'is stuck'} at {place}"
             os.write(2, f"vmm: error: {line}\n".encode())
-            distributed.hang(line)
+            distributed.hang(line, silent)
 
     def _place(self) -> tuple[str, bool]:
-        """Where the main thread is: the innermost line of vmm, and whether JAX waits for a device there."""
+        """Where the main thread is: the innermost line of vmm, and whether it waits there for a device or a process."""
         frame = sys._current_frames().get(self.main)
         stack = traceback.extract_stack(frame)
-        waits = any("/jax/" in entry.filename for entry in stack[-4:])
+        waits = any("/jax/" in entry.filename or entry.filename == distributed.__file__ for entry in stack[-4:])
         mine = [entry for entry in stack if entry.filename.startswith(_PACKAGE)] or stack[-1:]
         if not mine:
             return "an unknown place", waits

@@ -2,8 +2,9 @@
 
 import math
 import os
+import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +177,18 @@ def _class(value) -> str | int | None:
 def _short(value) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
     return text if len(text) < 200 else text[:200] + "…"
+
+
+def tell_unused(path: Path, names: Sequence[str], advice: str) -> None:
+    """Prints, on stderr, which columns or keys of a dataset nothing was made of. advice: how one is made use of."""
+    if names:
+        told = ", ".join(_plain(name) for name in names[:20])
+        told += f" and {len(names) - 20} more" if len(names) > 20 else ""
+        print(f"{path}: columns that are not used: {told}; {advice}", file=sys.stderr)
+
+
+def _plain(name: str) -> str:
+    return name if len(name) <= 60 and name.isprintable() else _short(name)
 
 
 def unique(entries: Iterator[Entry]) -> list[Entry]:

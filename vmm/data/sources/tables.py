@@ -3,12 +3,11 @@
 import csv
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vmm.data.asked import KEYS, asked_of
-from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, path_in, span_of
+from vmm.data.sources.entry import Bad, Entry, captions_of, labels_of, path_in, span_of, tell_unused
 from vmm.errors import UserError, one_of
 
 # Field → names under which tables in the wild have it.
@@ -26,6 +25,7 @@ _OURS = (
     "source",
     "record",
 )  # of a manifest: what tasks ask for; what a build found out and finds out again
+_ADVICE = f"--label NAME takes one for classes, --column FIELD=NAME for a field ({', '.join(_NAMES)})"
 _REST = "\0rest"  # under this name csv keeps fields beyond the heading
 
 
@@ -48,7 +48,7 @@ def read_csv(path: Path, media: Path | None = None, columns: Mapping = {}, label
         for field, name in (*columns.items(), *([("the label", label)] if label else ())):
             if name not in names:
                 raise UserError(f"{path}: has no column {name!r} for {field}; {one_of(name, names)}")
-        _tell_unused(path, [name for name in names if name not in (*chosen.values(), label)])
+        tell_unused(path, [name for name in names if name not in (*chosen.values(), label)], _ADVICE)
         while True:
             try:
                 row = next(reader, None)
@@ -92,17 +92,7 @@ def read_jsonl(path: Path, media: Path | None = None, columns: Mapping = {}, lab
         if name not in names:
             raise UserError(f"{path}: no line has {name!r} for {field}; {one_of(name, names)}")
     used = {label, "labels", *_OURS, *(name for fields in chosen.values() for name in fields.values())}
-    _tell_unused(path, [name for name in names if name not in used])
-
-
-def _tell_unused(path: Path, names: Sequence[str]) -> None:
-    if names:
-        told = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        print(
-            f"{path}: columns that are not used: {told}; --label NAME takes one for classes, --column FIELD=NAME for a "
-            f"field ({', '.join(_NAMES)})",
-            file=sys.stderr,
-        )
+    tell_unused(path, [name for name in names if name not in used], _ADVICE)
 
 
 def _objects(path: Path, file) -> Iterator[tuple[int, dict | Bad]]:

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmm.data.sources.entry import MEDIA, VIDEO, Bad, Entry, captions_of, labels_of
+from vmm.data.sources.entry import MEDIA, VIDEO, Bad, Entry, captions_of, labels_of, tell_unused
 from vmm.errors import UserError
 
 _TEXTS = (".txt", ".json", ".cls")
@@ -20,25 +20,35 @@ def webdataset(path: Path, label: str = "") -> Iterator[Entry]:
 
     A key is a member's name up to the first dot of its last part; where several media have one key, what stands between it
     and their last dot tells them apart (`a.1.mp4` and `a.1.txt`, `a.2.mp4`). .txt: the caption; .json: {"caption": …} and, under
-    `label`, the class; .cls: the class under `label`. Links, absolute names and names with .. are refused.
+    `label`, the class; .cls: the class under `label`. Links, absolute names and names with .. are refused. What other keys
+    the .json have is told once.
     """
+    keys: dict[str, None] = {}
     if path.is_file():
         try:
             with tarfile.open(path, "r:"):
                 pass
         except _BROKEN as error:
             raise UserError(f"{path}: not a plain tar ({error}); decompress a .tar.gz first") from None
-        yield from _tar(path, label)
+        yield from _tar(path, label, keys)
+        _tell_rest(path, keys, label)
         return
     tars = sorted(path.glob("*.tar"))
     if not tars:
         raise UserError(f"{path}: holds no .tar files")
     for tar in tars:
-        yield from _tar(tar, label)
+        yield from _tar(tar, label, keys)
+    _tell_rest(path, keys, label)
 
 
-def _tar(path: Path, label: str) -> Iterator[Entry]:
-    group = _Group(path, None)
+def _tell_rest(path: Path, keys: dict[str, None], label: str) -> None:
+    names = [name for name in keys if name not in ("caption", "text", label)]
+    tell_unused(path, names, "--label NAME takes one for classes")
+
+
+def _tar(path: Path, label: str, keys: dict[str, None]) -> Iterator[Entry]:
+    """Yields the entries of one tar. keys: those of its .json are added."""
+    group = _Group(path, None, keys)
     try:
         tar = tarfile.open(path, "r:")  # plain tars only: inside a compressed one nothing can be found again
     except _BROKEN as error:
@@ -66,7 +76,7 @@ def _tar(path: Path, label: str) -> Iterator[Entry]:
                 return
             if key != group.key:
                 yield from group.clip(label)
-                group = _Group(path, key)
+                group = _Group(path, key, keys)
             kind = _refused(member)
             if kind:
                 group.refused = True
@@ -99,8 +109,8 @@ def _refused(member: tarfile.TarInfo) -> str:
 class _Group:
     """Members of one key, which follow one another."""
 
-    def __init__(self, path: Path, key: str | None):
-        self.path, self.key, self.members, self.refused = path, key, {}, False
+    def __init__(self, path: Path, key: str | None, keys: dict[str, None]):
+        self.path, self.key, self.members, self.refused, self.keys = path, key, {}, False, keys
 
     def clip(self, label: str) -> Iterator[Entry]:
         """Yields the entry of the group: none where its medium was refused."""
@@ -149,6 +159,7 @@ class _Group:
         if (data := text(".json")) is not None:
             value = json.loads(data)
             if isinstance(value, dict):
+                self.keys |= dict.fromkeys(value)
                 captions = value.get("caption", value.get("text"))
                 labels = {label: value.get(label)} if label else {}
         if (data := text(".txt")) is not None:
