@@ -59,6 +59,60 @@ def test_data_imports_no_jax():
         assert not {name for name in imports(path) if name.split(".")[0] in ("jax", "flax", "optax")}, path
 
 
+def _kinds() -> dict[str, dict[str, type]]:
+    from vmm.encoders import ENCODERS
+    from vmm.evals import EVALS
+    from vmm.fusion import FUSIONS
+    from vmm.objectives import OBJECTIVES
+
+    return {"encoders": ENCODERS, "evals": EVALS, "fusion": FUSIONS, "objectives": OBJECTIVES}
+
+
+def _mentions_kind(node: ast.expr) -> bool:
+    """Whether an expression reads a spec's kind: kind, spec["kind"], spec.get("kind")."""
+    return any(
+        (isinstance(part, ast.Name) and part.id == "kind") or (isinstance(part, ast.Constant) and part.value == "kind")
+        for part in ast.walk(node)
+    )
+
+
+def _named_kinds(tree: ast.Module, folder: str, kinds: set[str], classes: set[str]) -> set[str]:
+    """Kinds that a module compares with or looks up, and classes of kinds that it imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and _mentions_kind(node):
+            found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and part.value in kinds}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith(f"vmm.{folder}"):
+            found |= {alias.name for alias in node.names} & classes
+        elif isinstance(node, ast.Attribute) and node.attr in classes and getattr(node.value, "id", "") == folder:
+            found.add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["encoders", "evals", "fusion", "objectives"])
+def test_no_one_else_names_a_kind(folder: str):
+    """Each kind declares itself; its table alone knows it."""
+    table = _kinds()[folder]
+    # Encoders are named as their modalities, which are kinds of much else.
+    kinds, classes = set(table) if folder != "encoders" else set(), {cls.__name__ for cls in table.values()}
+    for path in modules():
+        mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        # Lower floors have other kinds of the same names; a family of weights names what it is made of.
+        if mine not in (folder, "weights") and FLOORS[mine] >= FLOORS[folder]:
+            found = _named_kinds(ast.parse(path.read_text()), folder, kinds, classes)
+            assert not found, f"{path.relative_to(PACKAGE)}: {found}"
+
+
+def test_naming_a_kind_is_seen():
+    for code in (
+        'spec["kind"] == "masked"', 'spec.get("kind") in ("a", "masked")', "objectives.Masked",
+        "from vmm.objectives.masked import Masked", "from vmm.objectives import Masked",
+    ):  # fmt: skip
+        assert _named_kinds(ast.parse(code), "objectives", {"masked"}, {"Masked"}), code
+    for code in ('view == "masked"', "from vmm.other import Masked"):
+        assert not _named_kinds(ast.parse(code), "objectives", {"masked"}, {"Masked"}), code
+
+
 def test_configs_import_nothing_of_vmm():
     for path in (ROOT / "configs").glob("*.py"):
         assert not {name for name in imports(path) if name.split(".")[0] in ("vmm", "jax", "flax")}, path

@@ -17,6 +17,7 @@ import vmm.report as drawing
 from vmm.__main__ import main
 from vmm.config import Card
 from vmm.errors import UserError
+from vmm.evals import EVALS
 from vmm.evaluate import Predict, evaluate
 from vmm.experiment import Experiment
 from vmm.publish import FILES, publish
@@ -82,8 +83,11 @@ def test_every_number_is_in_the_hubs_metadata(run, folder):
 
 
 def test_names_of_metrics_and_datasets():
-    assert metric_type("classification", "VA/shape/macro_f1") == "macro_f1"
-    assert metric_type("classification", "VA/shape") == "accuracy" and metric_type("identity", "V/rank1") == "rank1"
+    assert metric_type(EVALS["classification"], "VA/shape/macro_f1") == "macro_f1"
+    assert (
+        metric_type(EVALS["classification"], "VA/shape") == "accuracy"
+        and metric_type(EVALS["identity"], "V/rank1") == "rank1"
+    )
     assert dataset_name("data/world/test.jsonl") == "world/test" and dataset_name("test.jsonl") == "test"
     assert dataset_name("") == "unknown"
 

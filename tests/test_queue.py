@@ -69,10 +69,10 @@ def test_the_past_is_further_negatives(variant: str):
 
 def test_the_newest_stand_first_and_the_oldest_go():
     objective = Contrastive(width=4, pairs=(("video", "text"),), queue=3)
-    memory = objective.blank()
+    memory = objective.init_queue()
     for step in (1.0, 2.0):
         rows = {name: {"all": jnp.full((2, 4), step)} for name in ("video", "text")}
-        memory = objective.remember(memory, {"embeddings": rows, "there": dict.fromkeys(rows, jnp.ones(2, bool))})
+        memory = objective.enqueue(memory, {"embeddings": rows, "there": dict.fromkeys(rows, jnp.ones(2, bool))})
     np.testing.assert_array_equal(memory["embeddings"]["video"]["all"][:, 0], [2, 2, 1])
     assert memory["there"]["text"].all()
 

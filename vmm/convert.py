@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vmm
-from vmm.build import class_of, differences, plain, write_text
+from vmm.build import build, class_of, differences, plain, write_text
 from vmm.encoders import ENCODERS
 from vmm.errors import StorageError, UserError, one_of
 from vmm.experiment import Experiment
@@ -97,7 +97,7 @@ def _to_family(source: Source, out: Path, family: str) -> Report:
     # What the family's own words, read back, do not say of this model is what it cannot be.
     ours, theirs = _without_pixels(model["trunk"]), _without_pixels(_filled(told)["trunk"])
     fusion = model["trunk"]["fusion"]
-    if fusion["kind"] == "late" and fusion["depth"] == 0:
+    if getattr(build(FUSIONS, fusion, "trunk.fusion"), "keeps_streams", False):
         ours, theirs = {"encoders": ours["encoders"]}, {"encoders": theirs["encoders"]}
     wrong = differences(plain(ours), plain(theirs), "trunk.")
     if wrong:

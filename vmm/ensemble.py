@@ -14,12 +14,12 @@ from vmm.data.manifest import Row, manifest_digest
 from vmm.errors import UserError, one_of
 from vmm.evaluate import Predict, measure, print_tables, write_found
 from vmm.experiment import Experiment
+from vmm.objectives.base import Prediction
 from vmm.progress import progress
 from vmm.run import commit, open_run, weights
 from vmm.training.metrics import read_rows
 
-# Kinds of objectives and parts of names whose predictions are places in a space that each model has for itself.
-_SPACES = ("contrastive", "distill", "identify", "encoded", "fused")
+_EMBEDDINGS = ("encoded", "fused")  # places in a space that each model has for itself
 _TOLD = ("present", "label", "target", "hidden", "row", "start")
 
 
@@ -122,30 +122,37 @@ def blend(found: Sequence[Mapping], experiment: Experiment) -> dict:
                 raise UserError(f"ensemble: the models were shown other clips ({key} differs); read the same data")
             result[key] = first
             continue
-        kind = experiment.config.objectives[part]["kind"] if part in experiment.config.objectives else part
-        if kind in _SPACES:
+        objective = experiment.objectives.get(part)
+        label = key.partition("/")[2]
+        if objective is not None:
+            rule = objective.prediction(label, experiment.data.tags)
+        else:
+            rule = Prediction("embedding" if part in _EMBEDDINGS else "mean")
+        if rule.how == "none":
+            raise UserError(
+                f"ensemble: {key!r} tells {rule.reason}, which have no mean; choose other evaluators with --evals"
+            )
+        if rule.how == "embedding":
             result[key] = np.concatenate(values, -1) / np.float32(np.sqrt(len(values)))
             continue
         if len({value.shape for value in values}) > 1:
             raise UserError(f"ensemble: the models predict {key!r} in shapes {[value.shape for value in values]}")
-        result[key] = _mean(key, kind, values, experiment).astype(first.dtype)
+        result[key] = _mean(rule.how, values).astype(first.dtype)
     return result
 
 
-def _mean(key: str, kind: str, values: Sequence[np.ndarray], experiment: Experiment) -> np.ndarray:
-    label, whole = key.partition("/")[2], np.stack([np.asarray(value, np.float64) for value in values])
-    if kind in ("pixels", "latent"):
-        why = "scores of its own pictures" if kind == "pixels" else "places in its own teacher's space"
-        raise UserError(f"ensemble: {key!r} tells {why}, which have no mean; choose other evaluators with --evals")
+def _mean(how: str, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the mean of models as objectives.base.Prediction says."""
+    models = np.stack([np.asarray(value, np.float64) for value in values])
     with np.errstate(divide="ignore"):
-        if kind == "matching" or (kind == "classify" and label in experiment.data.tags):
+        if how == "sigmoid":
             # log p / (1 − p) of the mean; by logarithms, so that 1 − p does not vanish.
-            return _log_mean(-np.logaddexp(0, -whole)) - _log_mean(-np.logaddexp(0, whole))
-        if kind == "captioning" and label in ("tokens", "choices"):
-            return _log_mean(whole)
-        if kind in ("classify", "captioning"):
-            return _log_mean(whole - np.logaddexp.reduce(whole, axis=-1, keepdims=True))
-    return whole.mean(0)
+            return _log_mean(-np.logaddexp(0, -models)) - _log_mean(-np.logaddexp(0, models))
+        if how == "log":
+            return _log_mean(models)
+        if how == "softmax":
+            return _log_mean(models - np.logaddexp.reduce(models, axis=-1, keepdims=True))
+    return models.mean(0)
 
 
 def _log_mean(logs: np.ndarray) -> np.ndarray:

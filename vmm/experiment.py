@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,17 +16,16 @@ from vmm import adapters, perturb
 from vmm.augment import CutMix, MixUp, SpecAugment, augment
 from vmm.build import build, make
 from vmm.config import Card, Config
-from vmm.data import text
 from vmm.data.manifest import Row
 from vmm.data.media import check_size
 from vmm.data.samples import Augment, Clip, Data, EvaluationViews, bucket_clips
+from vmm.data.spec import DataSpec
 from vmm.data.targets import make_targets
 from vmm.encoders import ENCODERS
-from vmm.encoders.text import TextEncoder
 from vmm.errors import UserError, one_of
 from vmm.evals import EVALS
 from vmm.evals.scored import Measuring
-from vmm.model import Recipe, blank_memory, loss_function
+from vmm.model import Recipe, init_queues, loss_function
 from vmm.objectives import OBJECTIVES
 from vmm.sharding import AXES, MeshShape, auto_shape, make_mesh
 from vmm.sizes import check_numbers
@@ -83,9 +81,12 @@ class Experiment:
             raise UserError(f"trunk.encoders: expected modality → encoder, got {c.trunk['encoders']!r}")
         if self.adversary:
             perturb.check(self.adversary, c.trunk.get("encoders", {}), self.optim.accumulate)
-        objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}
+        self.encoders = {
+            name: build(ENCODERS, spec, f"trunk.encoders.{name}") for name, spec in c.trunk.get("encoders", {}).items()
+        }
+        self.objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in c.objectives.items()}
         self.evals = {
-            name: evaluator.trained_on(objectives) if isinstance(evaluator, Measuring) else evaluator
+            name: evaluator.trained_on(self.objectives) if isinstance(evaluator, Measuring) else evaluator
             for name, evaluator in ((name, build(EVALS, spec, f"evals.{name}")) for name, spec in c.evals.items())
         }
         watched = self.early.metric.split("/")[0]
@@ -120,10 +121,7 @@ class Experiment:
         unknown = set(c.trunk.get("encoders", {})) - set(MODALITIES)
         if unknown:
             raise UserError(f"trunk.encoders: no data for {sorted(unknown)}; known: {', '.join(MODALITIES)}")
-        self._check_tokenizer()
-        self._check_writers()
-        self._check_labels()
-        self._check_events()
+        self._check_data()
         self.initialise, self.shapes = _traced(self.initialise)  # builds every module, once
         self.forwards: dict = {}  # what evaluation compiled, by its mesh, method and arguments
         if c.adapt and "rate_rules" not in c.optim:
@@ -134,90 +132,19 @@ class Experiment:
         """What the model takes."""
         return tuple(self.config.trunk["encoders"])
 
-    def _check_tokenizer(self) -> None:
-        """Raises UserError where the text encoder and the tokenizer's file, if there already, do not fit."""
-        spec, path = self.config.trunk.get("encoders", {}).get("text"), self.data.tokenizer
-        encoder = build(ENCODERS, spec, "trunk.encoders.text") if spec else None
-        if not isinstance(encoder, TextEncoder) or not Path(path).is_file():
-            return
-        tokenizer = text.load_tokenizer(path)
-        largest, padding = max(tokenizer.get_vocab().values()), text.padding_id(tokenizer)
-        if largest >= encoder.vocabulary:
-            raise UserError(
-                f"trunk.encoders.text.vocabulary: {encoder.vocabulary}, but ids of {path} go up to {largest}; raise it"
-            )
-        if encoder.padding not in (-1, padding):
-            raise UserError(
-                f"trunk.encoders.text.padding: {encoder.padding}, but {path} pads with id {padding}; give that, "
-                "or -1 where padding is text like other"
-            )
-        if encoder.end >= 0 and encoder.end not in text.encode(tokenizer, "", 8):
-            raise UserError(f"trunk.encoders.text.end: {encoder.end}, but {path} ends no text with that id")
-
-    def _check_writers(self) -> None:
-        """Raises UserError where what is written, and the tokenizer's file, if there already, do not fit."""
-        for name, spec in self.config.objectives.items():
-            if spec.get("kind") != "captioning" or not spec.get("writes") or not Path(self.data.tokenizer).is_file():
-                continue
-            tokenizer = text.load_tokenizer(self.data.tokenizer)
-            fits = {"vocabulary": max(tokenizer.get_vocab().values()) + 1, "padding": text.padding_id(tokenizer)}
-            if 0 < spec.get("vocabulary", 0) < fits["vocabulary"] or spec.get("padding", 0) != fits["padding"]:
-                raise UserError(
-                    f"objectives.{name}: vocabulary must be {fits['vocabulary']} or more and padding {fits['padding']}, "
-                    f"as {self.data.tokenizer} has them"
-                )
-
-    def _check_labels(self) -> None:
-        """Raises UserError where a head is for other classes than the data's."""
-        for name, spec in self.config.objectives.items():
-            for label, classes in spec["labels"].items() if spec.get("kind") == "classify" else ():
-                known = {**self.data.labels, **self.data.tags}
-                if label not in known:
-                    raise UserError(
-                        f"objectives.{name}.labels: no label {label!r} in data.labels; {one_of(label, known)}"
-                    )
-                if classes != known[label]:
-                    raise UserError(
-                        f"objectives.{name}.labels.{label}: a head of {classes} classes, but data.labels.{label} has "
-                        f"{known[label]}; give both the same"
-                    )
-
-    def _check_events(self) -> None:
-        """Raises UserError where a head is for other events or another window than the data's."""
-        for name, spec in self.config.objectives.items():
-            if spec.get("kind") in ("localise", "moments") and {
-                clip.seconds for clip in bucket_clips(self.data, self.clip)
-            } != {spec.get("seconds")}:
-                raise UserError(
-                    f"objectives.{name}.seconds: {spec.get('seconds')}, but windows are of "
-                    f"{', '.join(f'{clip.seconds:g}' for clip in bucket_clips(self.data, self.clip))} s (data.clip, "
-                    "data.buckets); this objective knows one length, give it that"
-                )
-            target = self.data.targets.get(spec.get("events", "events"), {})
-            if spec.get("kind") != "localise" or target.get("kind") != "events":
-                continue
-            for key, theirs in {"participants": 0, **target}.items():
-                if key in ("classes", "participants") and spec.get(key, 0) != theirs:
-                    where = "data.targets." + spec.get("events", "events")
-                    raise UserError(
-                        f"objectives.{name}.{key}: {spec.get(key, 0)}, but {where}.{key} is {theirs}; give both the same"
-                    )
-            if spec.get("boxes", True) and (self.augment.flip or tuple(self.augment.area) != (1.0, 1.0)):
-                raise UserError(
-                    f"data.augment: flip and area move what is seen, and not the boxes of objectives.{name}; take them out, "
-                    "or set its boxes=False"
-                )
+    def _check_data(self) -> None:
+        """Raises UserError where an encoder or an objective does not fit what the data gives."""
+        moves = self.augment.flip or tuple(self.augment.area) != (1.0, 1.0)
+        spec = DataSpec(self.data, self.clip, moves)
+        for name, encoder in self.encoders.items():
+            encoder.check(f"trunk.encoders.{name}", spec)
+        for name, objective in self.objectives.items():
+            objective.check(f"objectives.{name}", spec)
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raises UserError where training clips have more identities than their head (`identify`) knows."""
-        for name, spec in self.config.objectives.items():
-            if spec.get("kind") == "identify":
-                most = max((row.labels.get(spec["label"], -1) for row in rows), default=-1)
-                if most >= spec["classes"]:
-                    raise UserError(
-                        f"objectives.{name}.classes: {spec['classes']}, but a training clip is of identity {most} "
-                        f"(labels.{spec['label']}); raise it to {most + 1}"
-                    )
+        """Raises UserError where an objective does not fit the training clips."""
+        for name, objective in self.objectives.items():
+            objective.check_rows(f"objectives.{name}", rows)
 
     def _check_mixup(self) -> None:
         wrong = set(self.mixup.modalities) - {"video", "audio"}
@@ -228,10 +155,10 @@ class Experiment:
 
     def _check_mixed(self) -> None:
         name, title = ("mixup", "MixUp") if self.mixup else ("cutmix", "CutMix")
-        other = [name for name, spec in self.config.objectives.items() if spec.get("kind") != "classify"]
+        other = [key for key, objective in self.objectives.items() if not objective.accepts_mixed_labels]
         if other:
             raise UserError(
-                f"data.augment.{name}: objectives.{other[0]} does not know mixed samples; {title} is for classify alone"
+                f"data.augment.{name}: objectives.{other[0]} does not know mixed samples; {title} is for those that do, as classify"
             )
 
     def make_mesh(self, devices: list | None = None, memory: int | None = None) -> Mesh:
@@ -303,7 +230,7 @@ class Experiment:
         c = self.config
         return make_program(
             self.initialise, self.loss(teachers), self.optim,
-            steps=c.steps, seed=c.seed, mesh=mesh, health=c.health, frozen=bool(teachers), memory=blank_memory(self.recipe),
+            steps=c.steps, seed=c.seed, mesh=mesh, health=c.health, frozen=bool(teachers), memory=init_queues(self.recipe),
             guard=self.guard, poison=poison, adapt=c.adapt,
         )  # fmt: skip
 

@@ -22,8 +22,7 @@ from vmm.errors import UserError, one_of
 from vmm.fusion import FUSIONS
 from vmm.layers import layers_of, pool, regularise, scalar
 from vmm.objectives import OBJECTIVES
-from vmm.objectives.captioning import Captioning
-from vmm.objectives.contrastive import Contrastive
+from vmm.objectives.base import Embeds, Generates, by_capability
 from vmm.settings import setting
 from vmm.training import health
 from vmm.types import TOLD, Batch, Mask, Outputs, Patches, Tokens
@@ -171,7 +170,7 @@ class Recipe(nn.Module):
                 )
             if isinstance(self.views[objective.view].get("teacher"), str):
                 raise UserError(f"objectives.{name}.view: {objective.view!r} is of another model; name it as `target`")
-            target = target_of(objective)
+            target = objective.target
             if target is not None and not self.views.get(target, {}).get("teacher"):
                 taught = [view for view, spec in self.views.items() if spec.get("teacher")]
                 raise UserError(f"objectives.{name}.target: no teacher's view {target!r}; {one_of(target, taught)}")
@@ -194,9 +193,9 @@ class Recipe(nn.Module):
                 f"views.{view}: a view of another has of, swap (one of {sorted(self.trunk['encoders'])}), hard (a "
                 f"contrastive objective) and among (2 or more), got {dict(spec)}"
             )
-        known = [key for key, o in self.objective.items() if isinstance(o, Contrastive) and name in o.modalities]
+        known = [key for key in by_capability(self.objective, Embeds) if name in self.objective[key].modalities]
         if hard is not None and hard not in known:
-            raise UserError(f"views.{view}.hard: no contrastive objective {hard!r} of {name!r}; {one_of(hard, known)}")
+            raise UserError(f"views.{view}.hard: no objective {hard!r} that embeds of {name!r}; {one_of(hard, known)}")
 
     def patches(self, batch: Batch) -> dict:
         """Returns modality → Patches of a batch."""
@@ -227,7 +226,7 @@ class Recipe(nn.Module):
         name, among = spec["swap"], spec.get("among", 32)
         there = {key: tokens.valid.any(1) & valid for key, tokens in encoded.items()}
         if "hard" in spec:
-            anchor, candidate = self.objective[spec["hard"]].likeness(name, encoded)
+            anchor, candidate = self.objective[spec["hard"]].similarity(name, encoded)
         else:
             anchor = candidate = jnp.zeros((len(valid), 1), jnp.float32)
         marks = [(pairing.fingerprint(p), there[key]) for key, p in outputs.patches.items() if p.classes]
@@ -251,9 +250,7 @@ class Recipe(nn.Module):
         if self.spectrogram and "audio" in patches:
             patch, stride = self.model.encoder["audio"].windows
             patches["audio"] = spec_augment(patches["audio"], patch, keys, self.spectrogram, stride)
-        wanted = dict.fromkeys(
-            view for o in self.objective.values() for view in (o.view, target_of(o)) if view is not None
-        )
+        wanted = dict.fromkeys(view for o in self.objective.values() for view in (o.view, o.target) if view is not None)
         # Dropout and stochastic depth are for the student.
         own = None if teacher else keys
         seen = {}
@@ -288,7 +285,7 @@ class Recipe(nn.Module):
         """Returns the features of one objective. seen: view → Outputs. keys: one a sample, for what its layers drop;
         None: nothing."""
         objective = self.objective[name]
-        outputs, target = seen[objective.view], target_of(objective)
+        outputs, target = seen[objective.view], objective.target
         outputs = outputs if target is None else outputs._replace(target=seen.get(target))
         with regularise.dropping(keys, f"objectives/{name}"):
             return objective.features(outputs, batch)
@@ -356,7 +353,7 @@ class Recipe(nn.Module):
         return result
 
     def draw(self, batch: Batch, name: str, keys: Array) -> dict:
-        """Returns the pictures [B T H W 3] of an objective of kind "pixels", see Pixels.pictures."""
+        """Returns the pictures [B T H W 3] of an objective that draws them, see Pixels.pictures."""
         view = self.objective[name].view
         outputs = self._look(view, self.patches(batch), keys, batch.valid)
         return self.objective[name].pictures(outputs, batch)
@@ -371,14 +368,14 @@ class Recipe(nn.Module):
         beams: int = 1,
         penalty: float = 0.0,
     ) -> dict:
-        """Returns what an objective of kind "captioning" writes: objective/ids int32 [B L] and objective/likelihood [B].
+        """Returns what an objective generates: objective/ids int32 [B L] and objective/likelihood [B].
 
         Of everything shown, but where the objective asks for a view that hides its text. Arguments: see
         Captioning.generate.
         """
         module = self.objective.get(objective)
-        if not isinstance(module, Captioning):
-            known = [name for name, o in self.objective.items() if isinstance(o, Captioning)]
+        if not isinstance(module, Generates):
+            known = by_capability(self.objective, Generates)
             raise UserError(f"no objective {objective!r} that writes; {one_of(objective, known)}")
         patches = self.patches(batch)
         look = module.needs_hidden
@@ -394,7 +391,7 @@ class Recipe(nn.Module):
         result = {}
         for name, array in inputs.items():
             tokens = self.model.encode(name, self.model.encoder[name].patches(array))
-            heads = [o for o in self.objective.values() if isinstance(o, Contrastive) and name in o.modalities]
+            heads = [o for o in self.objective.values() if isinstance(o, Embeds) and name in o.modalities]
             result[name] = heads[0].embed(name, tokens) if heads else pool(tokens)
         return result
 
@@ -404,16 +401,10 @@ def sample_keys(key: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def target_of(objective: nn.Module) -> str | None:
-    """Returns the teacher's view that an objective names, None: it has no such field."""
-    # Not by getattr: of a field that is not there it would set up the module, which asks for parameters.
-    return objective.target if "target" in type(objective).__dataclass_fields__ else None
-
-
-def blank_memory(recipe: Recipe) -> dict:
+def init_queues(recipe: Recipe) -> dict:
     """Returns objective → its empty queue, for those that have one."""
     objectives = {name: build(OBJECTIVES, spec, f"objectives.{name}") for name, spec in recipe.objectives.items()}
-    queues = {name: o.blank() for name, o in objectives.items() if isinstance(o, Contrastive)}
+    queues = {name: objective.init_queue() for name, objective in objectives.items()}
     return {name: queue for name, queue in queues.items() if queue is not None}
 
 
@@ -430,7 +421,7 @@ def loss_function(
     frozen: view → parameters of another model's trunk, for each of `teachers`; likewise.
     measure: bool [], whether to compute the health panel (training/health.py), whose numbers else are not-a-number;
     None: it is not in the metrics.
-    memory: objective → queue of past embeddings, see blank_memory; then (metrics, the queues after this step) stands in
+    memory: objective → queue of past embeddings, see init_queues; then (metrics, the queues after this step) stands in
     place of metrics.
     augment: (batch, keys) → batch, before anything else.
     accumulate: the trunk runs over this many parts of the batch, one after the other, and again
@@ -554,16 +545,19 @@ def loss_function(
 
             def panel(pooled, gates, weights):
                 own = norms(*still) if sizes is None else sizes
+                pairs = {}
+                for name, objective in objectives.items():
+                    pairs = objective.compared(still[1][name]) | pairs  # the first that compares a pair counts
                 return {
                     **health.of_features(pooled),
-                    **health.of_pairs(_pairs(objectives, still[1])),
+                    **health.of_pairs(pairs),
                     **health.shares({name: jnp.abs(weights[name]) * own[name] for name in own}),
                     **gates,
                 }
 
             metrics = {**metrics, **health.when(measure, panel, pooled, gates, weights)}
         if memory is not None:
-            return value, (metrics, {name: objectives[name].remember(memory[name], heads[name]) for name in memory})
+            return value, (metrics, {name: objectives[name].enqueue(memory[name], heads[name]) for name in memory})
         return value, metrics
 
     return loss
@@ -576,17 +570,6 @@ def _pooled(objectives: Mapping, views: Mapping, seen: Mapping, batch: Batch) ->
     for stage in ("encoded", "fused") if mine else ():
         for name, tokens in getattr(seen[mine[0]], stage).items():
             result[f"{name}/{stage}"] = (pool(tokens), tokens.valid.any(1) & batch.valid)
-    return result
-
-
-def _pairs(objectives: Mapping, features: Mapping) -> dict:
-    """Unit embeddings that a contrastive objective compares: "<one>-<two>" → ([B E], [B E], valid [B])."""
-    result = {}
-    for name, objective in objectives.items():
-        for one, two in objective.pairs if isinstance(objective, Contrastive) else ():
-            share = f"{one}-{two}" if objective.separate else "all"
-            mine, there = features[name]["embeddings"], features[name]["there"]
-            result.setdefault(f"{one}-{two}", (mine[one][share], mine[two][share], there[one] & there[two]))
     return result
 
 

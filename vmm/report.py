@@ -22,11 +22,13 @@ from vmm.config import numbers
 from vmm.data.loader import evaluation_batches, mixture
 from vmm.data.manifest import read_manifest
 from vmm.data.text import decode_ids, load_tokenizer, padding_id, special_ids
+from vmm.encoders.base import Encoder
 from vmm.errors import StorageError, UserError
-from vmm.evals.pictures import Pictures, sheet
+from vmm.evals.pictures import sheet
 from vmm.evals.tables import grid, show, show_interval
 from vmm.evaluate import Predict
 from vmm.model import sample_keys
+from vmm.objectives.base import Reconstructs, by_capability
 from vmm.progress import progress
 from vmm.run import Run, commit, open_run, weights
 from vmm.training.metrics import read_rows
@@ -69,7 +71,7 @@ def report(workdir: str | Path, out: Path | None = None, ablations: list[Path] =
         write_text(out, page)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
-    _print_summary(run, metrics, _first(run, "retrieval"), evals[-1]["values"] if evals else {})
+    _print_summary(run, metrics, _first(run, "compares_streams"), evals[-1]["values"] if evals else {})
     return out
 
 
@@ -82,7 +84,7 @@ def _parts(
     ends, suites = record.get("intervals", {}), record.get("suites", {})
     parts = [f"<h1>{html.escape(run.workdir.name)}</h1>", _summary(run, metrics, record)]
     parts += ["<h2>Loss</h2>", _losses(metrics, run.config["objectives"])]
-    retrieval = _first(run, "retrieval")
+    retrieval = _first(run, "compares_streams")
     if retrieval and values:
         parts += ["<h2>Retrieval against chance</h2>", _retrieval(run, retrieval, values, ends)]
     if not values:
@@ -95,7 +97,7 @@ def _parts(
     for name in run.experiment.evals:
         if name != retrieval and values:
             parts += [f"<h2>{html.escape(name)}</h2>", _grid_table(run, name, values, ends)]
-        if run.config["evals"][name]["kind"] == "pictures":
+        if getattr(run.experiment.evals[name], "scores_pictures", False):
             parts += _made_pictures(run, run.experiment.evals[name])
     if suites.get("robustness"):
         parts += ["<h2>Robustness</h2>", _robustness(suites["robustness"], values)]
@@ -106,9 +108,9 @@ def _parts(
     return parts
 
 
-def _first(run: Run, kind: str) -> str | None:
-    """Returns the name of the config's first evaluator of a kind."""
-    return next((name for name, spec in run.config["evals"].items() if spec["kind"] == kind), None)
+def _first(run: Run, what: str) -> str | None:
+    """Returns the name of the config's first evaluator that declares something."""
+    return next((name for name, evaluator in run.experiment.evals.items() if getattr(evaluator, what, False)), None)
 
 
 # ---- pictures -------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def _first_clips(run: Run, manifest: str, wanted: np.ndarray):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *(found[int(number)] for number in wanted))
 
 
-def _made_pictures(run: Run, evaluator: Pictures) -> list[str]:
+def _made_pictures(run: Run, evaluator) -> list[str]:
     """The frames of a few clips as they are, as the pixel decoder makes them, and as copies would have them."""
     recipe, count = run.experiment.recipe, _CLIPS // 2
     batch = _first_clips(run, evaluator.data, np.arange(count))
@@ -330,20 +332,19 @@ def _made_pictures(run: Run, evaluator: Pictures) -> list[str]:
 
 def _reconstructions(run: Run, manifest: str) -> list[str]:
     """Originals, what the model was shown of them, and what it made of the rest."""
-    objective = next(((n, s) for n, s in run.config["objectives"].items() if s["kind"] == "masked"), None)
-    if objective is None:
+    name = next(iter(by_capability(run.experiment.objectives, Reconstructs)), None)
+    if name is None:
         return []
-    name, spec = objective
-    recipe, view = run.experiment.recipe, run.experiment.recipe.bind({}).objective[name].view
+    recipe, objective = run.experiment.recipe, run.experiment.objectives[name]
+    view, standardised = objective.view, objective.standardise
     batch = _first_clips(run, manifest, np.arange(_CLIPS))
     keys = sample_keys(jax.random.key(0), np.arange(_CLIPS))
     params = {"params": weights(run.state)}
     said = jax.device_get(jax.jit(lambda p, b: recipe.apply(p, b, view, keys, method="predict"))(params, batch))
-    patches = jax.jit(lambda p, b: {k: v.values for k, v in recipe.apply(p, b, method="patches").items()})(
+    patches = jax.jit(lambda p, b: {k: (v.values, v.grid) for k, v in recipe.apply(p, b, method="patches").items()})(
         params, batch
     )
     patches = jax.device_get(patches)
-    standardised = spec.get("standardise", True)
     parts = [
         f"<h2>Masked reconstruction</h2><p>Each clip: the original, what view <code>{html.escape(view)}</code> shows, "
         "the reconstruction of what it hides"
@@ -352,12 +353,15 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
     ]
     for stream, draw in (("video", _draw_video), ("audio", _draw_audio)):
         if f"{name}/{stream}" in said:
+            values, grid = patches[stream][0], tuple(int(extent) for extent in patches[stream][1])
             pictures = [
-                _three(patches[stream][i], said[f"hidden/{stream}"][i], said[f"{name}/{stream}"][i], standardised)
+                _three(values[i], said[f"hidden/{stream}"][i], said[f"{name}/{stream}"][i], standardised)
                 for i in range(_CLIPS)
                 if batch.present[stream][i]
             ][:3]
-            parts += [f'<div class="clip">{draw(run, three)}</div>' for three in pictures]
+            parts += [
+                f'<div class="clip">{draw(run.experiment.encoders[stream], grid, three)}</div>' for three in pictures
+            ]
     if f"{name}/text" in said:
         tokenizer = load_tokenizer(run.experiment.data.tokenizer)
         padding, special = padding_id(tokenizer), special_ids(tokenizer)
@@ -399,28 +403,17 @@ def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardis
     return [original, shown, made]
 
 
-def _draw_video(run: Run, three: list[np.ndarray]) -> str:
-    clip, tubelet = run.experiment.clip, run.experiment.recipe.bind({}).model.encoder["video"].tubelet
-    p, q, r = tubelet
-    grid_shape = (clip.frames // p, clip.size // q, clip.size // r)
-    rows = []
-    for patches in three:
-        video = patches.reshape(*grid_shape, p, q, r, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        video = video.reshape(clip.frames, clip.size, clip.size, 3)
-        rows.append(np.concatenate(list(np.clip(video / 2 + 0.5, 0, 1)), axis=1))
+def _draw_video(encoder: Encoder, grid: tuple, three: list[np.ndarray]) -> str:
+    clips = [np.clip(encoder.unpatch(patches, grid) / 2 + 0.5, 0, 1) for patches in three]
+    rows = [np.concatenate(list(clip), axis=1) for clip in clips]
     return _labelled(np.concatenate(rows, axis=0), ("original", "shown", "reconstruction"))
 
 
-def _draw_audio(run: Run, three: list[np.ndarray]) -> str:
-    encoder = run.experiment.recipe.bind({}).model.encoder["audio"]
-    (frames, bins), (down, across) = encoder.windows
-    rows, columns = (frames - down + 1) // 2, (bins - across + 1) // 2  # the middle, where patches overlap
-    count = (encoder.bins - bins) // across + 1
+def _draw_audio(encoder: Encoder, grid: tuple, three: list[np.ndarray]) -> str:
     figure, axes = plt.subplots(1, 3, figsize=(10, 2), sharey=True)
     low, high = three[0].min(), three[0].max()
     for axis, patches, title in zip(axes, three, ("original", "shown", "reconstruction")):
-        mel = patches.reshape(-1, count, frames, bins)[:, :, rows : rows + down, columns : columns + across]
-        mel = mel.transpose(0, 2, 1, 3).reshape(-1, count * across)
+        mel = encoder.unpatch(patches, grid)
         axis.imshow(
             mel.T,
             origin="lower",

@@ -42,7 +42,7 @@ def curve_of(run, file: str | Path, objective: str = "moments", curve: str = "")
         rows = Predict(experiment, weights(run.state), run.mesh, strict=False).ask(str(manifest), "VAT")
     known = [key.partition("/")[2] for key in rows if key.startswith(f"{objective}/") and not key.endswith("/seconds")]
     if not known:
-        kinds = [name for name, spec in run.config["objectives"].items() if spec["kind"] == "moments"]
+        kinds = [name for name, one in experiment.objectives.items() if one.over_time]
         raise UserError(f"run {run.workdir}: no objective {objective!r} tells of moments; {one_of(objective, kinds)}")
     name = curve or known[0]
     if name not in known:

@@ -9,13 +9,14 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from vmm.encoders.base import Encoder
 from vmm.encoders.frontends import FRONTENDS
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, LayerNorm, Positions, Stack, prepend, rotary, select, vector
 from vmm.types import Patches, Tokens
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """Transformer over a log-mel spectrogram.
 
     frontend: one of FRONTENDS, "log_mel", "kaldi" (AST's) or "whisper". bins: M. window, hop: samples of a frame and
@@ -96,6 +97,13 @@ class AudioEncoder(nn.Module):
             values = rearrange(mel, "b f p m q -> b (f m) (p q)")
         grid = (rows,) if self.stem == "conv" else (rows, columns)
         return Patches(values, jnp.ones(values.shape[:2], bool), grid, 0)
+
+    def unpatch(self, values: np.ndarray, grid: tuple) -> np.ndarray:
+        """Returns the spectrogram [F M] that patches [N P] were cut of; where they overlap, the middle of each."""
+        (frames, bins), (down, across) = self.windows
+        rows, columns = (frames - down + 1) // 2, (bins - across + 1) // 2
+        patches = values.reshape(*grid, frames, bins)[:, :, rows : rows + down, columns : columns + across]
+        return rearrange(patches, "f m p q -> (f p) (m q)")
 
     @nn.compact
     def __call__(self, patches: Patches, keep: Int[Array, "B K"] | None) -> Tokens:

@@ -7,11 +7,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from vmm.data.spec import DataSpec
+from vmm.encoders.base import Encoder
+from vmm.errors import UserError
 from vmm.layers import Embed, LayerNorm, Positions, Stack, prepend, rotary, select, vector
 from vmm.types import Patches, Tokens
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """Text encoder. vocabulary: V, at least the tokenizer's size.
 
     causal: a token sees itself and those before it. padding: the id that is no token, −1: all are tokens (SigLIP
@@ -35,6 +38,23 @@ class TextEncoder(nn.Module):
     scan: bool = False
     remat: bool | str = False
     dtype: str = "float32"
+
+    def check(self, where: str, data: DataSpec) -> None:
+        """Raises UserError where the encoder and the tokenizer's file, if there already, do not fit."""
+        known = data.tokenizer
+        if known is None:
+            return
+        if known.vocabulary > self.vocabulary:
+            raise UserError(
+                f"{where}.vocabulary: {self.vocabulary}, but ids of {known.path} go up to {known.vocabulary - 1}; raise it"
+            )
+        if self.padding not in (-1, known.padding):
+            raise UserError(
+                f"{where}.padding: {self.padding}, but {known.path} pads with id {known.padding}; give that, or -1 where "
+                "padding is text like other"
+            )
+        if self.end >= 0 and self.end not in known.empty:
+            raise UserError(f"{where}.end: {self.end}, but {known.path} ends no text with that id")
 
     def patches(self, text: Int[Array, "B L"]) -> Patches:
         """Returns the ids as they are, valid where they are tokens."""

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Int, UInt8
 
+from vmm.encoders.base import Encoder
 from vmm.errors import UserError
 from vmm.layers import (
     Dense,
@@ -27,7 +28,7 @@ from vmm.layers import (
 from vmm.types import Patches, Tokens
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(Encoder):
     """Transformer over the tubelets of a clip, or of several clips packed into a row (layers.pack).
 
     width, depth, heads, ratio: of the Transformer. tubelet: frames, rows, columns of one token.
@@ -73,6 +74,11 @@ class VideoEncoder(nn.Module):
         values = rearrange(video, "b (t p) (h q) (w r) c -> b (t h w) (p q r c)", p=p, q=q, r=r)
         grid = tuple(size // part for size, part in zip(sizes, self.tubelet))
         return Patches(values, jnp.ones(values.shape[:2], bool), grid, 0)
+
+    def unpatch(self, values: np.ndarray, grid: tuple) -> np.ndarray:
+        """Returns the clip [T H W 3] that tubelets [N P] were cut of."""
+        (t, h, w), (p, q, r) = grid, self.tubelet
+        return rearrange(values, "(t h w) (p q r c) -> (t p) (h q) (w r) c", t=t, h=h, w=w, p=p, q=q, r=r)
 
     @nn.compact
     def __call__(self, patches: Patches, keep: Int[Array, "B K"] | None) -> Tokens:

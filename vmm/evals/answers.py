@@ -51,6 +51,8 @@ class Answers(Measuring):
     Notes: what is right by chance: one of the choices, or the most frequent answer of the dataset.
     """
 
+    hub_task = ("video-text-to-text", "Text of clips")
+
     asks = True
 
     data: str

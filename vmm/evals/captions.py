@@ -154,6 +154,8 @@ class Captions(Measuring):
     the text has a phrase of the clip's class, and none of another. Of several views of a clip, the likeliest text counts.
     """
 
+    hub_task = ("video-text-to-text", "Text of clips")
+
     asks = True
 
     data: str

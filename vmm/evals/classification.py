@@ -189,6 +189,9 @@ class Classification(Measuring):
     classes. absent: whether classes without a clip are left out of macro averages; else they are an error.
     """
 
+    hub_task = ("video-classification", "Classification")
+    bare_metric = "accuracy"
+
     data: str
     objective: str = "labels"
     subsets: tuple[str, ...] = tuple(SUBSETS)

@@ -27,6 +27,9 @@ class Pictures(Measuring):
     types.SUBSETS, those of them that name streams the model has; "VAT": all it has.
     """
 
+    hub_task = ("video-to-video", "Frames of clips")
+    scores_pictures = True
+
     asks = True
 
     data: str

@@ -28,6 +28,9 @@ class Probe(Measuring):
     what a probe finds in any network of this form. limit: training clips at most, the first ones.
     """
 
+    hub_task = ("video-classification", "Classification")
+    bare_metric = "accuracy"
+
     train: str
     data: str
     stream: str = "fused"

@@ -35,6 +35,9 @@ class ZeroShot(Measuring):
     place of the name; or label → its own. subsets: of types.SUBSETS without text.
     """
 
+    hub_task = ("video-classification", "Classification")
+    bare_metric = "accuracy"
+
     data: str
     classes: Mapping[str, tuple[str, ...]]
     templates: Any = ("{}",)
@@ -95,6 +98,9 @@ class FewShot(Measuring):
     (Snell et al. 2017); "linear", logistic regression (L2, strength 1). objective: whose embeddings; subsets: of
     types.SUBSETS. seed: of the draws.
     """
+
+    hub_task = ("video-classification", "Classification")
+    bare_metric = "accuracy"
 
     train: str
     data: str

@@ -98,6 +98,9 @@ class Retrieval(Measuring):
     of several captions is wrong.
     """
 
+    hub_task = ("feature-extraction", "Retrieval among clips")
+    compares_streams = True
+
     data: str
     objective: str = "contrast"
     pairs: tuple[tuple[str, str], ...] = ()

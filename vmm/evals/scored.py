@@ -97,10 +97,19 @@ class Measuring:
     `prepare` fits what has to be fitted, on clips that are never scored; `measure` scores. Two steps, so that what was
     fitted on whole clips can be scored on noisy ones.
 
-    asks: whether it needs `predict.ask`; it is then not scored under noise, whose predictions are not kept.
+    Attributes:
+      asks: whether it needs `predict.ask`; it is then not scored under noise, whose predictions are not kept.
+      hub_task: the Hub's task and its name, in a card's metadata.
+      bare_metric: the metric of a number that is named by a label alone; "": names end in their metric.
+      compares_streams: whether it scores embeddings of streams against each other, of which a report shows the matrix.
+      scores_pictures: whether it scores pictures that its objective draws, of which a report shows some.
     """
 
     asks = False
+    hub_task = ("other", "Evaluation")
+    bare_metric = ""
+    compares_streams = False
+    scores_pictures = False
 
     def trained_on(self, objectives: Mapping[str, Any]) -> "Measuring":
         """Returns the evaluator as it is for a model trained on these objectives (name → objective): itself by default."""

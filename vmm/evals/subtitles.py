@@ -50,6 +50,8 @@ class Subtitles(Measuring):
     first subset; "": nowhere. beams, penalty, length: see Captioning.generate.
     """
 
+    hub_task = ("video-text-to-text", "Text of clips")
+
     asks = True
 
     data: str

@@ -99,6 +99,8 @@ class Tagging(Measuring):
     absent: whether classes without a clip are left out of the means; else they are an error.
     """
 
+    hub_task = ("video-classification", "Classification")
+
     data: str
     objective: str = "labels"
     subsets: tuple[str, ...] = tuple(SUBSETS)

@@ -13,6 +13,11 @@ class Late(Fusion):
     FLOPs forward: Σ_m depth · block(N_m, D).
     """
 
+    @property
+    def keeps_streams(self) -> bool:
+        """Whether encoders' streams come out as they are, but for their width."""
+        return self.depth == 0
+
     @nn.compact
     def __call__(self, streams: Streams, edges: bool = True) -> Streams:
         result = {}

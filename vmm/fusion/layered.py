@@ -27,6 +27,8 @@ class Fusion(nn.Module):
     remat: bool | str = False
     block: Mapping = dataclasses.field(default_factory=dict)
 
+    keeps_streams = False  # whether what comes out is what went in
+
 
 class Layer(nn.Module):
     """One layer of a Layered fusion: ((modality → x [B N D], carried), constants) → (modality → x, carried)."""

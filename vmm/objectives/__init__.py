@@ -1,5 +1,7 @@
 """Objectives: what a view's outputs are trained for. Each is a Module that owns its heads.
 
+What an objective declares beside is in base.py: what it needs of data, how its predictions are combined, what it embeds.
+
 Contract, held for every entry by tests/test_objectives.py:
 
     features(outputs, batch) → tree of [B ...]     per sample, where the arithmetic is

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from vmm import losses
 from vmm.errors import UserError
 from vmm.layers import Dense, Pool
+from vmm.objectives.base import Objective
 from vmm.types import Batch, Outputs
 
 
-class Align(nn.Module):
+class Align(Objective):
     """Symmetric KL divergence between the modalities' posteriors p_m = softmax(W_m pool(x_m) / τ).
 
         mean over pairs (m, n) of  mean_i ½ [ KL(p_m,i ‖ p_n,i) + KL(p_n,i ‖ p_m,i) ]
@@ -47,7 +48,7 @@ class Align(nn.Module):
     pooling: str = "mean"
     heads: int = 4
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    across_batch = True
 
     @nn.compact
     def _posteriors(self, outputs: Outputs) -> dict:
@@ -118,6 +119,3 @@ class Align(nn.Module):
                 extra += self.spread * sum(lack) / len(lack)
         pairs = {name: sum(values) / len(values) for name, values in divergence.items()}
         return sum(pairs.values()) / len(pairs) + extra, metrics | pairs
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -1,7 +1,7 @@
 """Captioning: a text, token by token, from the streams of a clip (CoCa, Yu et al. 2022; BLIP, Li et al. 2022)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from vmm import losses
+from vmm.data.spec import DataSpec
 from vmm.errors import UserError, one_of
+from vmm.objectives.base import Generates, Objective, Prediction
 from vmm.objectives.writing import Writer, beam_search
 from vmm.types import Batch, Outputs, Streams
 
 
-class Captioning(nn.Module):
+class Captioning(Objective, Generates):
     """Prediction of each token of a text from the tokens before it and from streams of the clip.
 
         −(1/n) Σ_i log p(y_i | y_1 … y_{i−1}, context),  over the n tokens of the batch that are no padding
@@ -48,6 +50,19 @@ class Captioning(nn.Module):
     block: Mapping = dataclasses.field(default_factory=dict)
     vocabulary: int = 0
     padding: int = 0
+
+    def check(self, where: str, data: DataSpec) -> None:
+        """Raises UserError where a target is written that the tokenizer's ids do not fit."""
+        known = data.tokenizer if self.writes else None
+        if known and (0 < self.vocabulary < known.vocabulary or self.padding != known.padding):
+            raise UserError(
+                f"{where}: vocabulary must be {known.vocabulary} or more and padding {known.padding}, as {known.path} has "
+                "them"
+            )
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Log-likelihoods of tokens and choices; logits of the next token."""
+        return Prediction("log" if key in ("tokens", "choices") else "softmax")
 
     @property
     def needs_hidden(self) -> bool:
@@ -186,6 +201,3 @@ class Captioning(nn.Module):
         """Returns the mean cross-entropy per token of the global batch; metrics: accuracy, of next tokens."""
         count = jnp.maximum(features["count"].sum(), 1.0)
         return features["error"].sum() / count, {"accuracy": features["right"].sum() / count}
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

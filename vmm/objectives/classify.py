@@ -1,17 +1,20 @@
 """Classification of labels and tags from the fused streams; each stream votes, the votes are averaged."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from vmm import losses
+from vmm.data.spec import DataSpec
+from vmm.errors import UserError, one_of
 from vmm.layers import Dense, Pool
+from vmm.objectives.base import Objective, Prediction
 from vmm.types import Batch, Outputs
 
 
-class Classify(nn.Module):
+class Classify(Objective):
     """A linear head per stream and label; logits are the mean over the streams a sample has.
 
     The same head serves every fusion (as MBT averages its streams' logits): after `late` the
@@ -29,7 +32,22 @@ class Classify(nn.Module):
     heads: int = 4
     smoothing: float = 0.0
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    accepts_mixed_labels = True
+
+    def check(self, where: str, data: DataSpec) -> None:
+        """Raises UserError where the head is for other classes than the data's."""
+        for label, classes in self.labels.items():
+            if label not in data.labels:
+                raise UserError(f"{where}.labels: no label {label!r} in data.labels; {one_of(label, data.labels)}")
+            if classes != data.labels[label]:
+                raise UserError(
+                    f"{where}.labels.{label}: a head of {classes} classes, but data.labels.{label} has "
+                    f"{data.labels[label]}; give both the same"
+                )
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Logits of one class, or of each tag."""
+        return Prediction("sigmoid" if key in tags else "softmax")
 
     @nn.compact
     def predict(self, outputs: Outputs, batch: Batch) -> dict:
@@ -90,6 +108,3 @@ class Classify(nn.Module):
             f"{label}/accuracy": losses.mean(value["right"], value["weight"]) for label, value in features.items()
         }
         return sum(errors) / len(errors), metrics
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,10 +11,11 @@ from jaxtyping import Array, Float
 from vmm import losses
 from vmm.errors import UserError
 from vmm.layers import Dense, Pool, scalar
+from vmm.objectives.base import Embeds, Objective, Prediction
 from vmm.types import Batch, Outputs, Streams, Tokens
 
 
-class Contrastive(nn.Module):
+class Contrastive(Objective, Embeds):
     """Pulls the streams of one clip together in a space of `width` E; the others of the batch are negatives.
 
     view, weight: see Recipe. pairs: modality pairs, each its own loss, averaged. variant: "softmax"
@@ -54,8 +54,6 @@ class Contrastive(nn.Module):
     chunk: int = 0
     queue: int = 0
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
-
     def setup(self):
         if self.variant not in ("softmax", "sigmoid"):
             raise UserError(f"contrastive: unknown variant {self.variant!r}; known: sigmoid, softmax")
@@ -88,6 +86,12 @@ class Contrastive(nn.Module):
             raise UserError(f"contrastive.{field}: has {sorted(value)}, lacks {name!r}, which a pair names")
         return value[name] if isinstance(value, Mapping) else value
 
+    across_batch = True
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Embeddings lie side by side."""
+        return Prediction("embedding")
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that have an embedding."""
@@ -100,7 +104,7 @@ class Contrastive(nn.Module):
             return {f"{one}-{two}": (one, two) for one, two in self.pairs}
         return {"all": self.modalities}
 
-    def blank(self) -> dict | None:
+    def init_queue(self) -> dict | None:
         """Returns an empty queue, of the form of `features`; None without one."""
         if not self.queue:
             return None
@@ -115,10 +119,19 @@ class Contrastive(nn.Module):
             "there": {name: jnp.zeros(self.queue, bool) for name in self.modalities},
         }
 
-    def remember(self, memory: dict, features: dict) -> dict:
+    def enqueue(self, queue: dict, features: dict) -> dict:
         """Returns the queue with a step's embeddings before the older ones, the oldest dropped; no gradient."""
-        joined = jax.tree.map(lambda old, new: jnp.concatenate([new, old])[: self.queue], memory, features)
+        joined = jax.tree.map(lambda old, new: jnp.concatenate([new, old])[: self.queue], queue, features)
         return jax.lax.stop_gradient(joined)
+
+    def compared(self, features: dict) -> dict:
+        """As Objective.compared."""
+        result, there = {}, features["there"]
+        for one, two in self.pairs:
+            share = f"{one}-{two}" if self.separate else "all"
+            first, second = features["embeddings"][one][share], features["embeddings"][two][share]
+            result[f"{one}-{two}"] = (first, second, there[one] & there[two])
+        return result
 
     def _parts(self, name: str, tokens: Tokens) -> dict[str, Float[Array, "B E"]]:
         """Returns share → unit vectors, for the shares that the modality is in."""
@@ -146,7 +159,7 @@ class Contrastive(nn.Module):
         blank = jnp.zeros_like(next(iter(parts.values())))
         return jnp.concatenate([parts.get(share, blank) for share in self.shares], axis=1) / math.sqrt(len(parts))
 
-    def likeness(self, name: str, encoded: Streams) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
+    def similarity(self, name: str, encoded: Streams) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
         """Returns (a, b) with a_i · b_j ∝ the mean logit of sample i's other streams with sample j's stream `name`.
 
         The other streams are those that stand in a pair with it; no gradient.
@@ -197,6 +210,3 @@ class Contrastive(nn.Module):
             metrics[f"{one}-{two}"] = value
             total += value / len(self.pairs)
         return total, metrics
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -1,6 +1,7 @@
 """Feature distillation: the student's tokens, mapped to a teacher's width, follow the teacher's features."""
 
-import flax.linen as nn
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,10 +9,11 @@ from jaxtyping import Array, Float
 from vmm import losses
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, gather, pool
+from vmm.objectives.base import Objective, Prediction
 from vmm.types import Batch, Outputs, Tokens
 
 
-class Distill(nn.Module):
+class Distill(Objective):
     """Regression of a frozen teacher's features (FitNets, Romero et al. 2015; UMT, Li et al. 2023, tokens and cosine).
 
     width: of the teacher's tokens, and of the linear map's result, a map for each modality.
@@ -31,7 +33,9 @@ class Distill(nn.Module):
     of: str = "tokens"
     error: str = "cosine"
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Embeddings lie side by side."""
+        return Prediction("embedding")
 
     def setup(self):
         for field, known in (
@@ -111,6 +115,3 @@ class Distill(nn.Module):
     def loss(self, features: dict) -> tuple:
         """Returns the mean over modalities of the mean error of a feature of the global batch."""
         return losses.mean_error(features)
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -1,6 +1,7 @@
 """Who or what is it: unit embeddings that margins hold apart, compared by cosine with those never seen in training."""
 
 import math
+from collections.abc import Collection, Sequence
 
 import flax.linen as nn
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vmm import losses
+from vmm.data.manifest import Row
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, Pool, vector
+from vmm.objectives.base import Objective, Prediction
 from vmm.types import Batch, Outputs
 
 MARGINS = ("angle", "cosine")
@@ -33,7 +36,7 @@ def margin_logits(
     return scale * jnp.where(own, less, cosine)
 
 
-class Identify(nn.Module):
+class Identify(Objective):
     """Softmax with a margin over the identities of the training data; what stays is the embedding.
 
     label: of data.labels. classes: identities in training. width: E. kind, margin, scale: see margin_logits. view, weight: see
@@ -52,7 +55,18 @@ class Identify(nn.Module):
     pooling: str = "mean"
     heads: int = 4
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Embeddings lie side by side."""
+        return Prediction("embedding")
+
+    def check_rows(self, where: str, rows: Sequence[Row]) -> None:
+        """Raises UserError where training clips have more identities than the head knows."""
+        largest = max((row.labels.get(self.label, -1) for row in rows), default=-1)
+        if largest >= self.classes:
+            raise UserError(
+                f"{where}.classes: {self.classes}, but a training clip is of identity {largest} "
+                f"(labels.{self.label}); raise it to {largest + 1}"
+            )
 
     @nn.compact
     def _embed(self, outputs: Outputs) -> tuple[Float[Array, "B E"], Float[Array, "Y E"]]:
@@ -93,6 +107,3 @@ class Identify(nn.Module):
         """Returns the mean cross-entropy of samples whose identity is known. Metrics: accuracy, without the margin."""
         value = losses.mean(features["error"], features["weight"])
         return value, {"accuracy": losses.mean(features["right"], features["weight"])}
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

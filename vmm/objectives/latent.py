@@ -6,7 +6,7 @@ No pixel is drawn, and no negative is needed.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vmm import losses
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, Positions, Stack, gather, rotary, vector
+from vmm.objectives.base import Objective, Prediction
 from vmm.types import Batch, Outputs, Streams, Tokens
 
 ERRORS = ("l1", "l2", "smooth_l1")
@@ -69,7 +70,7 @@ class Predictor(nn.Module):
         )
 
 
-class Latent(nn.Module):
+class Latent(Objective):
     """Prediction of a teacher's tokens at the places that the view hides.
 
     V-JEPA (Bardes et al. 2024; V-JEPA 2, Assran et al. 2025): as the defaults, with "multiblock" masks; its clips are
@@ -105,7 +106,11 @@ class Latent(nn.Module):
     scan: bool = False
     remat: bool | str = False
 
-    needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    needs_hidden = True
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Places in a space that each model has for itself have no mean."""
+        return Prediction("none", "places in its own teacher's space")
 
     def _check(self, outputs: Outputs) -> None:
         for field, known in (("stage", ("encoded", "fused")), ("context", ("own", "all")), ("error", ERRORS)):
@@ -179,6 +184,3 @@ class Latent(nn.Module):
     def loss(self, features: dict) -> tuple:
         """Returns the mean over modalities of the mean error per hidden token of the global batch."""
         return losses.mean_error(features)
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

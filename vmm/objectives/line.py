@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from vmm.data.spec import DataSpec
 from vmm.errors import UserError
 from vmm.layers import Dense, Positions, Stack
 from vmm.types import Outputs, Tokens
@@ -29,6 +30,16 @@ def have_time(outputs: Outputs, streams: Sequence[str]) -> Bool[Array, "B"]:
     """Returns which samples have any of the streams."""
     there = [tokens for name, tokens in outputs.fused.items() if name in streams]
     return jnp.stack([(tokens.valid & (tokens.at >= 0)).any(1) for tokens in there]).any(0)
+
+
+def check_window(where: str, seconds: float, data: DataSpec) -> None:
+    """Raises UserError where windows are not all of the length that an objective knows."""
+    if set(data.seconds) != {seconds}:
+        lengths = ", ".join(f"{length:g}" for length in data.seconds)
+        raise UserError(
+            f"{where}.seconds: {seconds}, but windows are of {lengths} s (data.clip, data.buckets); this objective knows "
+            "one length, give it that"
+        )
 
 
 class TimeLine(nn.Module):

@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vmm import losses
+from vmm.data.spec import DataSpec
 from vmm.errors import UserError
 from vmm.layers import Dense
-from vmm.objectives.line import TimeLine, have_time
+from vmm.objectives.base import Objective
+from vmm.objectives.line import TimeLine, check_window, have_time
 from vmm.objectives.overlap import box_overlap, interval_overlap
 from vmm.types import Batch, Outputs
 
@@ -35,7 +37,7 @@ def assign(
     return (apart <= reach[:, None, :]) & there[:, None, :]
 
 
-class Localise(nn.Module):
+class Localise(Objective):
     """Events of the window: their kind, start and end, and, where known, their box and who takes part.
 
     Anchor-free, one scale of time (ActionFormer, Zhang et al. 2022, without its pyramid): each step of a time line
@@ -73,7 +75,23 @@ class Localise(nn.Module):
     box_weight: float = 1.0
     participants_weight: float = 1.0
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    def check(self, where: str, data: DataSpec) -> None:
+        """Raises UserError where windows, classes or boxes are not the data's."""
+        check_window(where, self.seconds, data)
+        target = data.targets.get(self.events, {})
+        if target.get("kind") != "events":
+            return
+        for key, value in {"participants": 0, **target}.items():
+            if key in ("classes", "participants") and getattr(self, key) != value:
+                raise UserError(
+                    f"{where}.{key}: {getattr(self, key)}, but data.targets.{self.events}.{key} is {value}; give both the "
+                    "same"
+                )
+        if self.boxes and data.moves_pixels:
+            raise UserError(
+                f"data.augment: flip and area move what is seen, and not the boxes of {where}; take them out, or set its "
+                "boxes=False"
+            )
 
     @property
     def times(self) -> np.ndarray:
@@ -202,9 +220,6 @@ class Localise(nn.Module):
         if self.participants:
             total += self.participants_weight * means["participants"]
         return total, means
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))
 
 
 def _known(values: Float[Array, "B N n"]) -> tuple[Float[Array, "B N n"], Bool[Array, "B N"]]:

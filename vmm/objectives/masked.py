@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 from vmm import losses
 from vmm.errors import UserError
 from vmm.layers import Dense, Positions, Stack, as_float, gather, vector
+from vmm.objectives.base import Objective, Reconstructs
 from vmm.types import Batch, Outputs, Tokens
 
 STANDARDISE = (True, False, "patch", "colour")
@@ -84,7 +85,7 @@ def running_cells(
     return gather(hidden, jnp.sort(jnp.argsort(score, axis=1)[:, :count], axis=1))
 
 
-class Masked(nn.Module):
+class Masked(Objective, Reconstructs):
     """Reconstruction of what the view hides.
 
     view, weight: see Recipe; the view must hide tokens of every modality named here.
@@ -115,7 +116,7 @@ class Masked(nn.Module):
     scan: bool = False
     remat: bool | str = False
 
-    needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    needs_hidden = True
 
     def _check(self, outputs: Outputs) -> None:
         if self.standardise not in STANDARDISE:
@@ -204,6 +205,3 @@ class Masked(nn.Module):
     def loss(self, features: dict) -> tuple:
         """Returns the mean over modalities of the mean error per hidden token of the global batch."""
         return losses.mean_error(features)
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -1,5 +1,7 @@
 """Matching: do these streams belong together? (ALBEF, Li et al. 2021, sec. 3.2; InternVideo2, Wang et al. 2024)."""
 
+from collections.abc import Collection
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ from jaxtyping import Array, Float
 from vmm import losses
 from vmm.errors import UserError
 from vmm.layers import Dense, Pool
+from vmm.objectives.base import Objective, Prediction
 from vmm.types import Batch, Outputs, Streams
 
 
-class Matching(nn.Module):
+class Matching(Objective):
     """Binary classification of fused streams: as they are (1), or with one stream of another sample (0).
 
         mean_i ½ [ −log σ(z_i) − log σ(−z'_i) ],  z the mean over a sample's streams of a linear head of each
@@ -27,7 +30,11 @@ class Matching(nn.Module):
     pooling: str = "mean"
     heads: int = 4
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    across_batch = True
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Logits of yes."""
+        return Prediction("sigmoid")
 
     @nn.compact
     def _logits(self, pairs: tuple[Streams, ...]) -> list[Float[Array, "B"]]:
@@ -63,6 +70,3 @@ class Matching(nn.Module):
         metrics = {"accuracy": losses.mean(0.5 * hits, there)}
         metrics["swapped"] = losses.mean(there.astype(jnp.float32), features["row"])
         return losses.mean(0.5 * errors, there), metrics
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from vmm import losses
+from vmm.data.spec import DataSpec
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense
-from vmm.objectives.line import TimeLine, have_time
+from vmm.objectives.base import Objective
+from vmm.objectives.line import TimeLine, check_window, have_time
 from vmm.types import Batch, Outputs
 
 ERRORS = ("squared", "logistic")
 
 
-class Moments(nn.Module):
+class Moments(Objective):
     """Curves of the window, a number at each of `steps` moments, from its time line (line.TimeLine).
 
     curves: names of data.targets of kind "curve", of as many points; moments where one is unknown do not count. error:
@@ -41,7 +43,11 @@ class Moments(nn.Module):
     remat: bool | str = False
     points: int = 4
 
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    over_time = True
+
+    def check(self, where: str, data: DataSpec) -> None:
+        """Raises UserError where windows are of another length."""
+        check_window(where, self.seconds, data)
 
     @nn.compact
     def _tell(self, outputs: Outputs) -> dict:
@@ -83,6 +89,3 @@ class Moments(nn.Module):
     def loss(self, features: dict) -> tuple:
         """Returns the mean over curves of the mean error of known moments of the global batch; and each of them."""
         return losses.mean_error(features)
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -6,7 +6,7 @@ blend instead, and what to add. So an untrained model is the blend, and training
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from vmm.build import make
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, Positions, Stack, as_float, gather, vector
 from vmm.objectives.adversary import Adversary
+from vmm.objectives.base import Objective, Prediction
 from vmm.objectives.likeness import charbonnier, decibels, edge_error, psnr, ssim
 from vmm.types import Batch, Outputs
 
@@ -64,7 +65,7 @@ def neighbours(
     return at(first), at(last), back(jnp.broadcast_to(share, x.shape))
 
 
-class Pixels(nn.Module):
+class Pixels(Objective):
     """Pictures of the frames that the view hides, or, where it adds noise, of all frames without it.
 
     view, weight: see Recipe. The view hides tokens of the video (masks of kind "frames": whole ones), or has `noise`.
@@ -92,7 +93,11 @@ class Pixels(nn.Module):
     scan: bool = False
     remat: bool | str = False
 
-    needs_hidden = True  # whether predict speaks of hidden tokens, and so needs a view that hides some
+    needs_hidden = True
+
+    def prediction(self, key: str, tags: Collection[str]) -> Prediction:
+        """Scores of other pictures have no mean."""
+        return Prediction("none", "scores of its own pictures")
 
     def _check(self, outputs: Outputs) -> None:
         if self.error not in ERRORS:
@@ -255,6 +260,3 @@ class Pixels(nn.Module):
         if "fooled" in means:
             total += make(Adversary, self.adversary, "pixels: adversary", parent=None).weight * means["fooled"]
         return total, means | {"psnr": decibels(made, 2.0), "psnr_blend": decibels(blend, 2.0)}
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

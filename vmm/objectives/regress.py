@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from vmm import losses
 from vmm.errors import UserError, one_of
 from vmm.layers import Dense, Pool
+from vmm.objectives.base import Objective
 from vmm.types import Batch, Outputs
 
 ERRORS = ("squared", "absolute", "huber")
 
 
-class Regress(nn.Module):
+class Regress(Objective):
     """A linear head per stream and number; the answer is the mean over the streams a sample has.
 
     values: names of data.targets of kind "value"; samples where one is unknown do not count. view, weight: see Recipe.
@@ -28,8 +29,6 @@ class Regress(nn.Module):
     bound: float = 0.0
     pooling: str = "mean"
     heads: int = 4
-
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
     @nn.compact
     def predict(self, outputs: Outputs, batch: Batch) -> dict:
@@ -74,6 +73,3 @@ class Regress(nn.Module):
         errors = [losses.mean(value["error"], value["weight"]) for value in features.values()]
         metrics = {f"{n}/absolute": losses.mean(value["absolute"], value["weight"]) for n, value in features.items()}
         return sum(errors) / len(errors), metrics
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

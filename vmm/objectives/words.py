@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 from vmm import losses
 from vmm.errors import UserError
 from vmm.layers import Dense, Pool
+from vmm.objectives.base import Objective
 from vmm.types import Batch, Outputs
 
 
-class Words(nn.Module):
+class Words(Objective):
     """Each entry of the vocabulary is a question: is it in the clip's caption, in whatever place?
 
         mean_i Σ_v BCE(z_iv, [v ∈ caption_i]),  z the sum over a sample's streams of a linear head of each, less log V
@@ -34,8 +35,6 @@ class Words(nn.Module):
     stage: str = "fused"
     pooling: str = "mean"
     heads: int = 4
-
-    needs_hidden = False  # whether predict speaks of hidden tokens, and so needs a view that hides some
 
     def _check(self, outputs: Outputs) -> None:
         if self.stage not in ("encoded", "fused"):
@@ -88,6 +87,3 @@ class Words(nn.Module):
         return losses.mean(features["error"], features["there"]), {
             "found": losses.mean(features["found"], features["there"])
         }
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> tuple:
-        return self.loss(self.features(outputs, batch))

@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from vmm.build import class_of
+from vmm.objectives import OBJECTIVES
 from vmm.planning.collectives import Collective
 from vmm.planning.expected import Expected
 
@@ -15,10 +17,10 @@ def embeddings(one: Collective, objectives: Mapping) -> bool:
     """Whether an exchange is of embeddings that an objective compares across the whole batch: its negatives."""
     found = re.search(r"objective_(\w+)", one.op)
     name = found.group(1) if found else ""
-    return any(name.startswith(key) and spec.get("kind") in _GLOBAL for key, spec in objectives.items())
-
-
-_GLOBAL = ("contrastive", "matching", "align")
+    return any(
+        name.startswith(key) and class_of(OBJECTIVES, spec, f"objectives.{key}").across_batch
+        for key, spec in objectives.items()
+    )
 
 
 def gathered_activations(exchanges: Sequence[Collective], objectives: Mapping) -> list[str]:

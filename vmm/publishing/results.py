@@ -9,24 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from vmm.build import class_of
+from vmm.evals import EVALS
 from vmm.evals.classification import METRICS
+from vmm.evals.scored import Measuring
 from vmm.evals.tables import grid
-
-# Evaluator's kind → the Hub's task; where it has none: "other".
-TASKS = {
-    "retrieval": ("feature-extraction", "Retrieval among clips"),
-    "probe": ("video-classification", "Classification"),
-    "classification": ("video-classification", "Classification"),
-    "tagging": ("video-classification", "Classification"),
-    "zero_shot": ("video-classification", "Classification"),
-    "few_shot": ("video-classification", "Classification"),
-    "captions": ("video-text-to-text", "Text of clips"),
-    "subtitles": ("video-text-to-text", "Text of clips"),
-    "answers": ("video-text-to-text", "Text of clips"),
-    "pictures": ("video-to-video", "Frames of clips"),
-}
-_OTHER = ("other", "Evaluation")
-_CLASSIFIERS = ("probe", "classification", "zero_shot", "few_shot")
 
 
 def results(record: Mapping, evals: Mapping[str, Mapping]) -> list[EvalResult]:
@@ -40,6 +27,8 @@ def results(record: Mapping, evals: Mapping[str, Mapping]) -> list[EvalResult]:
     """
     found = []
     for evaluator, spec in evals.items():
+        kind = class_of(EVALS, spec, f"evals.{evaluator}")
+        task, task_name = getattr(kind, "hub_task", Measuring.hub_task)
         notes, manifest = grid(of_evaluator(record["values"], evaluator))[3], spec.get("data", "")
         for key, value in of_evaluator(record["values"], evaluator).items():
             name = f"{evaluator}/{key}"
@@ -47,7 +36,6 @@ def results(record: Mapping, evals: Mapping[str, Mapping]) -> list[EvalResult]:
                 continue
             ends = record.get("intervals", {}).get(name)
             around = {"interval": [float(end) for end in ends], "level": 0.95} if _finite(ends) else None
-            task, task_name = TASKS.get(spec.get("kind"), _OTHER)
             found.append(
                 EvalResult(
                     task_type=task,
@@ -55,7 +43,7 @@ def results(record: Mapping, evals: Mapping[str, Mapping]) -> list[EvalResult]:
                     dataset_type=dataset_name(manifest),
                     dataset_name=dataset_name(manifest),
                     dataset_revision=record["data"].get(manifest),
-                    metric_type=metric_type(spec.get("kind", ""), key),
+                    metric_type=metric_type(kind, key),
                     metric_value=float(value),
                     metric_name=name,
                     metric_config=evaluator,
@@ -70,10 +58,10 @@ def of_evaluator(values: Mapping, evaluator: str) -> dict:
     return {key.removeprefix(f"{evaluator}/"): v for key, v in values.items() if key.startswith(f"{evaluator}/")}
 
 
-def metric_type(kind: str, key: str) -> str:
+def metric_type(evaluator: type, key: str) -> str:
     """Returns the metric of a number's name, as "R@5" or "macro_f1" of "shape/macro_f1"; of a classifier's bare label: accuracy."""
-    last = key.rpartition("/")[2]
-    return "accuracy" if kind in _CLASSIFIERS and last not in METRICS else last
+    last, bare = key.rpartition("/")[2], getattr(evaluator, "bare_metric", "")
+    return bare if bare and last not in METRICS else last
 
 
 def dataset_name(manifest: str) -> str:
