@@ -8,7 +8,8 @@ import signal
 import pytest
 from conftest import small_config
 
-import vmm.train
+import vmm.run
+import vmm.session
 from vmm.config import numbers
 from vmm.errors import Preempted, UserError
 from vmm.evaluate import run_evals
@@ -65,13 +66,11 @@ def test_the_record_decides_alone(tmp_path):
     assert Watch(tmp_path, Early("y")).best is None  # another metric's numbers say nothing
 
 
-def test_which_steps_are_evaluated(tmp_path):
+def test_a_step_is_evaluated_once(tmp_path):
     watch = Watch(tmp_path, Early("x"))
-    assert [step for step in range(8) if watch.due(step, 7, 3)] == [3, 6, 7]
+    assert watch.lacks(3) and not watch.lacks(0)
     watch.add(3, {"x": 1.0})
-    assert not watch.due(3, 7, 3)
-    assert [step for step in range(8) if Watch(tmp_path, Early("x", every=2)).due(step, 7, 3)] == [2, 4, 6, 7]
-    assert not any(Watch(tmp_path, Early()).due(step, 7, 1) for step in range(8))
+    assert not watch.lacks(3) and watch.lacks(6)
 
 
 def test_wrong_fields_are_errors(world_folder):
@@ -115,7 +114,7 @@ def planted(monkeypatch):
             calls.append(params)
             return {METRIC: values[len(calls) - 1], "retrieval/V→T/R@5": 0.0}
 
-        monkeypatch.setattr(vmm.train, "run_evals", found)
+        monkeypatch.setattr(vmm.session, "run_evals", found)
         return calls
 
     return plant
@@ -153,7 +152,7 @@ def test_killed_and_resumed_it_decides_the_same(world_folder, tmp_path, monkeypa
     """A run that is ended by SIGTERM at any step, also between a checkpoint and its evaluation, stops where a straight one does."""
     planted = {0: 0.0, 2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 10: 0.9, 12: 0.9}
     add = Watch.add
-    monkeypatch.setattr(vmm.train, "_watched", lambda *args: {})
+    monkeypatch.setattr(vmm.session.Session, "evaluate", lambda *args, **options: {})
     monkeypatch.setattr(Watch, "add", lambda self, step, _: add(self, step, {METRIC: planted[step]}))
     train(config_of(world_folder), tmp_path / "straight")
     want = json.loads((tmp_path / "straight" / "early.json").read_text())
@@ -203,5 +202,5 @@ def test_the_value_is_that_of_the_evaluation(world_folder, tmp_path):
     assert [step for step, _ in record["rows"]] == [6, 12]
     run = open_run(tmp_path)
     assert run.step == max(record["rows"], key=lambda row: (row[1], -row[0]))[0]
-    values = run_evals(run.experiment, vmm.train.weights(run.state), run.mesh)
+    values = run_evals(run.experiment, vmm.run.weights(run.state), run.mesh)
     assert values[METRIC] == pytest.approx(dict(record["rows"])[run.step])

@@ -17,7 +17,7 @@ from support.server import server
 
 from vmm.build import save_config
 from vmm.data.manifest import Row, changes, identity
-from vmm.errors import DataBudgetError, NumericError, StorageError, UserError
+from vmm.errors import DataBudgetError, NumericError, Preempted, StorageError, UserError
 from vmm.run import open_run
 from vmm.train import train
 from vmm.training.checkpoint import Checkpoints
@@ -119,8 +119,19 @@ def test_done_run_is_left_alone(straight, world_folder, capsys):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluating_while_training_changes_nothing(straight, world_folder, tmp_path):
-    train(run_config(world_folder) | {"eval_every": 3}, tmp_path)
+def test_evaluating_while_training_changes_nothing(straight, world_folder, tmp_path, monkeypatch):
+    """And an evaluation that SIGTERM cut off is made up by the attempt that goes on: the curve has no hole."""
+    config = run_config(world_folder) | {"eval_every": 3}
+
+    def cut_off(*_):
+        raise Preempted("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vmm.session.run_evals", cut_off)
+        with pytest.raises(Preempted):
+            train(config, tmp_path)
+    assert not any("eval/retrieval/V→T/R@1" in row for row in read_rows(tmp_path / "metrics.jsonl"))
+    train(config, tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/retrieval/V→T/R@1" in row] == [3, 6]
     mine = [row["loss"] for row in rows if "loss" in row]
@@ -314,7 +325,7 @@ def test_other_data_is_told_and_asked_for(world_folder, tmp_path, capsys):
 
     write(lines)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmm.train._same_config", lambda *_: None)  # `steps` is part of it, and stands for a kill here
+        patch.setattr("vmm.session.claim", lambda *_: None)  # `steps` is part of it, and stands for a kill here
         train(run(1), tmp_path / "run")
         for chosen, told in (
             (lines[:8], "8 clips, 16 then"),

@@ -1,38 +1,20 @@
-"""vmm train: config → checkpoints. Read from top to bottom: the order is that of a run."""
+"""vmm train: config → checkpoints."""
 
-import copy
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-from vmm.build import differences, digest, load_config, plain, save_config
-from vmm.config import numbers
-from vmm.convert import warm_start
 from vmm.data.loader import Loader
-from vmm.data.manifest import changes, identity
-from vmm.errors import Preempted, UserError, one_of
-from vmm.evaluate import run_evals
-from vmm.experiment import Experiment
-from vmm.objectives import OBJECTIVES
-from vmm.paths import to_path
-from vmm.plugins import admit
-from vmm.run import weights
-from vmm.sharding import check_batch, host_place, place_batch, platform, to_device
-from vmm.teachers import open_teachers
+from vmm.errors import Preempted
+from vmm.session import Session, Start
+from vmm.sharding import to_device
 from vmm.training import distributed
-from vmm.training.allocator import keep_freed_memory
-from vmm.training.checkpoint import Checkpoints
-from vmm.training.early import Watch
-from vmm.training.faults import Faults
-from vmm.training.guard import Inspector, Rollbacks, Trouble, layers
-from vmm.training.ledger import Ledger
-from vmm.training.metrics import MetricLog, ProgressLine, count_flops, peak_flops
+from vmm.training.clock import Clock
+from vmm.training.guard import Inspector, Trouble
+from vmm.training.metrics import MetricLog, ProgressLine
 from vmm.training.replicas import compare_replicas
-from vmm.training.runtime import RunLock, StopSignal, open_workdir, use_compilation_cache
-from vmm.training.watchdog import Watchdog
 
 
 def train(
@@ -50,266 +32,171 @@ def train(
       UserError (and its kinds): anything that the user can mend; checkpoints stay whole.
       Preempted: SIGTERM or Ctrl-C arrived; the state was saved.
     """
-    workdir, began = to_path(workdir), time.time() if began is None else began
-    config = plain(config)
-
-    # ---- the config, checked before anything is written ------------------------------------------
-    use_compilation_cache()
-    if platform() == "cpu":
-        keep_freed_memory()
-    admit(config)
-    experiment = Experiment(config)
-    c = experiment.config
-    if not c.objectives:
-        raise UserError(f"objectives: none given; {one_of('', OBJECTIVES)}")
-    mesh = experiment.make_mesh()
-    check_batch(c.batch, mesh, experiment.optim.accumulate)
-    teachers = open_teachers(experiment, mesh)
-    faults = Faults(workdir)
-    program = experiment.program(mesh, teachers.trunks, faults.poison)
-    distributed.check_same("config", digest(numbers(config)))
-    open_workdir(workdir)
-    first_process = jax.process_index() == 0
-    ledger = Ledger(workdir, began, first_process)
-
-    with RunLock(workdir), StopSignal() as stop, jax.set_mesh(mesh), ledger, Watchdog(c.step_timeout) as watchdog:
-        watchdog.beat("the start", slow=True)
-        _same_config(config, workdir)
-        with ledger.during("compile"):
-            flops = count_flops(
-                program.step, program.shapes, place_batch(experiment.batch_shapes(), mesh), *teachers.params
-            )
-        device = mesh.devices.flat[0].device_kind
-        ledger.facts = {"device": device, "devices": mesh.devices.size, "flops": flops}
-        parts, compiled = layers(program.shapes.params), False
-        rollbacks = Rollbacks(workdir, experiment.guard)
-        early = Watch(workdir, experiment.early, first_process)
-
-        while True:  # once, and again after each rollback
-            # ---- the state: new, or the newest good checkpoint -----------------------------------
-            checkpoints = Checkpoints(workdir, c.keep, lambda: early.best)
-            if rollbacks.unfinished:
-                checkpoints.quarantine(rollbacks.unfinished["first"])
-                rollbacks.end(first_process)
-            if checkpoints.latest is None:
-                state, start, known = program.init(jax.random.key(c.seed)), 0, {}
-                if c.init_from:
-                    state = warm_start(state, experiment, c.init_from)
-            else:
-                with ledger.during("restore"):
-                    saved = checkpoints.restore_newest_good(program.shapes)
-                state, start, known = saved.state, saved.step, saved.data
-                if saved.samples != start * c.batch:
-                    raise UserError(
-                        f"{workdir}: step {start} had seen {saved.samples} samples, not {start} × batch {c.batch}"
-                    )
-            early.back_to(start)
-            if early.checks(start) or early.due(start, c.steps, c.save_every):
-                # Before training, for the metric's name; after a step, because the run was killed before it did.
-                watchdog.beat(f"the evaluation of step {start}", slow=True)
-                with ledger.during("evaluation"):
-                    early.add(start, _watched(experiment, state, mesh))
-            if early.why:
-                print(f"{workdir}: stopped at step {start}: {early.why}; raise early.patience to train on", flush=True)
-                checkpoints.close()
-                return {}
-            if start and start < c.steps and first_process:
-                print(f"{workdir}: goes on from step {start}", flush=True)
-            if start >= c.steps:
-                print(f"{workdir}: all {c.steps} steps are done; raise `steps` or choose another workdir to train on")
-                checkpoints.close()
-                return {}
-
-            # ---- the data, from that step on -----------------------------------------------------
-            host, hosts = host_place(mesh)
-            source = loader(
-                experiment.data, experiment.clip, experiment.augment, seed=c.seed, batch=c.batch, start=start, stop=c.steps,
-                host=host, hosts=hosts, modalities=experiment.modalities,
-            )  # fmt: skip
-            data = identity(source.rows)
-            if changed := changes(known, data):
-                line = (
-                    f"{experiment.data.train}: not the data that step {start} of {workdir} was trained on ({changed})"
-                )
-                if not c.other_data:
-                    checkpoints.close()
-                    raise UserError(f"{line}; put it back, or set other_data=True to go on with it")
-                if first_process:
-                    print(line, flush=True)
-            log = MetricLog(workdir, start, first_process)
-            line = ProgressLine(start, c.steps, first_process)
-            clock = _Clock(c.batch, flops)
-            inspect = Inspector(
-                experiment.guard, workdir, parts, lambda step, source=source: source.planned(step - 1), first_process
-            )
-
-            # ---- the loop ------------------------------------------------------------------------
-            metrics, last, step, stopped = None, {}, start, None
+    with Session.open(config, workdir, began) as session:
+        while True:
             try:
-                experiment.check_rows(source.rows)
-                batches = iter(source)
-                for step in range(start + 1, c.steps + 1):
-                    ledger.stepping(step)
-                    watchdog.beat(f"step {step}", slow=not compiled)
-                    faults.before(step, checkpoints)
-                    with clock.waiting(), ledger.during("input"):
-                        batch = next(batches)
-                    before = metrics
-                    if step in rollbacks.passed_over:
-                        state, metrics = program.pass_over(state), None
-                    else:
-                        with ledger.during(ledger.account if compiled else "compile"):
-                            state, metrics = program.step(state, to_device(batch, mesh), *teachers.params)
-                        compiled = True
-                    if before is not None:
-                        jax.block_until_ready(before)  # one step in flight, one being fed
-                        inspect(step - 1, before)
-                    checkpoints.poll()
-                    reason = distributed.agreed(step, stop.asked)
-                    stopping = reason is not None
-                    due = early.due(step, c.steps, c.save_every)
-                    saving = step % c.save_every == 0 or step == c.steps or stopping or due
-                    if metrics is None and step % c.log_every == 0:
-                        log.write(step, {"passed_over": 1.0})
-                    elif metrics is not None and (step % c.log_every == 0 or step == start + 1 or saving):
-                        told = jax.device_get(metrics)
-                        # What is saved amid trouble would only push an older checkpoint out.
-                        amid = inspect(step, told) > 0
-                        saving = saving and (not amid or step == c.steps or stopping)
-                        last = {key: float(value) for key, value in told.items() if key != "layers"}
-                        speed = clock.lap(step)
-                        if step % c.log_every == 0 or step == c.steps:
-                            seen = {key: value for key, value in last.items() if measured(key, value)}
-                            log.write(step, seen | speed | {"goodput": ledger.share()})
-                        line.show(step, last["loss"], speed["clips_per_second"], clock.left(c.steps - step))
-                    if c.check_replicas and step % c.check_replicas == 0:
-                        compare_replicas(state, step)
-                    if saving:
-                        with ledger.during("saving"):
-                            checkpoints.save(state, step, step * c.batch, data)
-                    asked = c.eval_every and step % c.eval_every == 0 and step < c.steps and not stopping
-                    due = due and saving and not (stopping and step < c.steps)
-                    if asked or due:
-                        watchdog.beat(f"the evaluation after step {step}", slow=True)
-                        with ledger.during("evaluation"):
-                            values = (
-                                run_evals(experiment, weights(state), mesh)
-                                if asked
-                                else _watched(experiment, state, mesh)
-                            )
-                        if due:
-                            early.add(step, values)
-                        log.write(step, {f"eval/{key}": value for key, value in values.items()})
-                    if due and early.why:
-                        stopped = f"{workdir}: stopped at step {step} of {c.steps}: {early.why}"
-                        break
-                    if stopping and step < c.steps:
-                        checkpoints.wait()
-                        raise Preempted(
-                            f"{reason}: saved step {step} of {c.steps}; the same command goes on from there"
-                        )
-                with ledger.during("saving"):
-                    checkpoints.wait()
+                return attempt(session, loader)
             except Trouble as trouble:
-                checkpoints.wait()
-                restore = max((saved for saved in checkpoints.steps if saved < trouble.first), default=0)
-                rollbacks.begin(trouble, restore, first_process)
-                if first_process:
-                    print(
-                        f"{trouble.why}; back to step {restore}, steps {trouble.first} to {trouble.last} are passed over",
-                        flush=True,
-                    )
-                continue
-            except BaseException as error:
-                distributed.tell(error)  # before what follows, which may wait for other processes
-                raise
-            finally:
-                watchdog.beat("the end", slow=True)
-                ledger.write(step)
-                source.close()
-                line.close()
-                log.close()
-                checkpoints.close()
-
-            # ---- the end -------------------------------------------------------------------------
-            if stopped and first_process:
-                print(stopped, flush=True)
-            for told in source.account.lines():
-                print(told)
-            return last
+                session.roll_back(trouble)
 
 
-def _watched(experiment: Experiment, state, mesh) -> dict[str, float]:
-    """Returns the numbers of the evaluator that early stopping watches."""
-    name = experiment.early.metric.split("/")[0]
-    mine = copy.copy(experiment)
-    mine.evals = {name: experiment.evals[name]}
-    return run_evals(mine, weights(state), mesh)
+def attempt(session: Session, loader: type[Loader] = Loader) -> dict[str, float]:
+    """Trains from the newest state to the run's end; returns the metrics of the last step, {} where all was done.
+
+    Raises:
+      Trouble: steps went wrong beyond what the guard skips; the run may go back.
+    """
+    start = session.restore_or_init()
+    try:
+        if _ended(session, start):
+            return {}
+        source, data = session.open_data(loader, start)
+    except BaseException:
+        session.checkpoints.close()
+        raise
+    loop = Loop(session, start, source, data)
+    try:
+        session.experiment.check_rows(source.rows)
+        loop.run()
+        with session.ledger.during("saving"):
+            session.checkpoints.wait()
+    except Trouble:
+        session.checkpoints.wait()
+        raise
+    except BaseException as error:
+        distributed.tell(error)  # before what follows, which may wait for other processes
+        raise
+    finally:
+        loop.close()
+    if loop.stopped:
+        session.say(loop.stopped)
+    for line in source.account.lines():
+        print(line)
+    return loop.last
 
 
-def measured(key: str, value: float) -> bool:
+def _ended(session: Session, start: Start) -> bool:
+    """Whether there is nothing to train: all steps are done, or early stopping says so."""
+    early, steps, step = session.early, session.config.steps, start.step
+    early.back_to(step)
+    if early.checks(step) or (session.cadence.watches(step) and early.lacks(step)):
+        # Before training, for the metric's name; after a step, because the run was killed before it did.
+        early.add(step, session.evaluate(start.state, step, watched=True))
+    if early.why:
+        print(f"{session.workdir}: stopped at step {step}: {early.why}; raise early.patience to train on", flush=True)
+    elif step >= steps:
+        print(f"{session.workdir}: all {steps} steps are done; raise `steps` or choose another workdir to train on")
+    elif step:
+        session.say(f"{session.workdir}: goes on from step {step}")
+    if early.why or step >= steps:
+        session.checkpoints.close()
+        return True
+    return False
+
+
+class Loop:
+    """The steps of one attempt: run → read metrics when due → report → save → evaluate → stop?
+
+    Attributes:
+      last: metrics of the last step that was read. stopped: why early stopping ended the run, "" where it did not.
+    """
+
+    def __init__(self, session: Session, start: Start, source: Loader, data: dict):
+        c, first = session.config, session.first_process
+        self.session, self.start, self.state, self.data = session, start.step, start.state, data
+        self.source, self.step = source, start.step
+        self.log = MetricLog(session.workdir, start.step, first)
+        self.line = ProgressLine(start.step, c.steps, first)
+        self.clock = Clock(c.batch, session.flops)
+        self.inspect = Inspector(
+            session.experiment.guard, session.workdir, session.parts, lambda step: source.planned(step - 1), first
+        )
+        self.metrics, self.last, self.stopped = None, {}, ""
+
+    def run(self) -> None:
+        """Trains to the last step, or to where early stopping ends the run.
+
+        Raises:
+          Preempted: the run was asked to stop, and has saved its state. Trouble: as Inspector.
+        """
+        session = self.session
+        if session.cadence.missed(self.start, session.evaluated(self.start)):
+            self._evaluate(self.start)
+        batches = iter(self.source)
+        for step in range(self.start + 1, session.config.steps + 1):
+            self.step = step
+            self._train(step, batches)
+            session.checkpoints.poll()
+            reason = distributed.agreed(step, session.stop.asked)
+            given = dict(first=step == self.start + 1, stopping=reason is not None, skipped=self.metrics is None)
+            due = session.cadence.due(step, **given)
+            if due.read and self._read(step, due.log):
+                due = session.cadence.due(step, **given, troubled=True)
+            elif due.log and not due.read:
+                self.log.write(step, {"passed_over": 1.0})
+            if due.compare:
+                compare_replicas(self.state, step)
+            if due.save:
+                with session.ledger.during("saving"):
+                    session.checkpoints.save(self.state, step, step * session.config.batch, self.data)
+            if due.evaluate or due.watch:
+                self._evaluate(step, due.evaluate, due.watch)
+            if due.watch and session.early.why:
+                self.stopped = (
+                    f"{session.workdir}: stopped at step {step} of {session.config.steps}: {session.early.why}"
+                )
+                return
+            if reason is not None and step < session.config.steps:
+                session.checkpoints.wait()
+                steps = session.config.steps
+                raise Preempted(f"{reason}: saved step {step} of {steps}; the same command goes on from there")
+
+    def _train(self, step: int, batches) -> None:
+        """Runs a step; waits for the one before it, so that one is in flight while the next one is fed."""
+        session, before = self.session, self.metrics
+        session.ledger.stepping(step)
+        session.watchdog.beat(f"step {step}", slow=not session.compiled)
+        session.faults.before(step, session.checkpoints)
+        with self.clock.waiting(), session.ledger.during("input"):
+            batch = next(batches)
+        if step in session.rollbacks.passed_over:
+            self.state, self.metrics = session.program.pass_over(self.state), None
+        else:
+            with session.ledger.during(session.ledger.account if session.compiled else "compile"):
+                placed = to_device(batch, session.mesh)
+                self.state, self.metrics = session.program.step(self.state, placed, *session.teachers.params)
+            session.compiled = True
+        if before is not None:
+            jax.block_until_ready(before)
+            self.inspect(step - 1, before)
+
+    def _read(self, step: int, log: bool) -> bool:
+        """Reads the metrics of a step and reports them; returns whether steps are being skipped."""
+        metrics = jax.device_get(self.metrics)
+        troubled = self.inspect(step, metrics) > 0
+        self.last = {key: float(value) for key, value in metrics.items() if key != "layers"}
+        speed = self.clock.lap(step)
+        if log:
+            measured = {key: value for key, value in self.last.items() if is_measured(key, value)}
+            self.log.write(step, measured | speed | {"goodput": self.session.ledger.share()})
+        left = self.clock.left(self.session.config.steps - step)
+        self.line.show(step, self.last["loss"], speed["clips_per_second"], left)
+        return troubled
+
+    def _evaluate(self, step: int, whole: bool = True, watch: bool = False) -> None:
+        values = self.session.evaluate(self.state, step, watched=not whole)
+        if watch:
+            self.session.early.add(step, values)
+        self.log.write(step, {f"eval/{key}": value for key, value in values.items()})
+
+    def close(self) -> None:
+        """Ends what the attempt opened."""
+        self.session.watchdog.beat("the end", slow=True)
+        self.session.ledger.write(self.step)
+        for part in (self.source, self.line, self.log, self.session.checkpoints):
+            part.close()
+
+
+def is_measured(key: str, value: float) -> bool:
     """Whether a metric is of this step: the health panel's are not-a-number at the steps between."""
     return not (key.startswith("health/") and math.isnan(value))
-
-
-class _Clock:
-    """Clips per second, input-wait share and model FLOPs utilisation since the last lap."""
-
-    def __init__(self, batch: int, flops: int):
-        self.batch, self.flops, self.peak = batch, flops, peak_flops()
-        self.since, self.at, self.waited = time.perf_counter(), None, 0.0
-        self.lasted, self.steps = 0.0, 0
-
-    class _Waiting:
-        def __init__(self, clock):
-            self.clock = clock
-
-        def __enter__(self):
-            self.start = time.perf_counter()
-
-        def __exit__(self, *_):
-            self.clock.waited += time.perf_counter() - self.start
-
-    def waiting(self):
-        """Counts the time inside as waiting for input."""
-        return self._Waiting(self)
-
-    def lap(self, step: int) -> dict:
-        now = time.perf_counter()
-        steps = 1 if self.at is None else step - self.at
-        elapsed = max(now - self.since, 1e-9)
-        rate = steps / elapsed
-        speed = {"steps_per_second": rate, "clips_per_second": rate * self.batch, "input_wait": self.waited / elapsed}
-        if self.peak:
-            speed["mfu"] = rate * self.flops / self.peak
-        if self.at is not None:  # the first lap is mostly compilation
-            self.lasted, self.steps = self.lasted + elapsed, self.steps + steps
-        self.since, self.at, self.waited = now, step, 0.0
-        return speed
-
-    def left(self, steps: int) -> float | None:
-        """Returns the seconds that so many steps take, at the run's mean pace; None before it is known."""
-        return steps * self.lasted / self.steps if self.steps else None
-
-
-def _same_config(config: dict, workdir: Path) -> None:
-    """Writes the config of a new run; raises UserError where the workdir holds a run of another.
-
-    A run that has saved nothing yet may be started anew with another config: what was wrong is mended.
-    """
-    path = workdir / "config.json"
-    changed = differences(numbers(config), numbers(load_config(str(path)))) if path.exists() else []
-    if changed and _has_saved(workdir):
-        raise UserError(
-            f"workdir {workdir}: was made by another config; go on with that one, or choose another workdir. "
-            "It differs in (there → here):\n  " + "\n  ".join(changed)
-        )
-    if jax.process_index() == 0:
-        if changed:
-            (workdir / "rollbacks.json").unlink(missing_ok=True)
-        save_config(config, path)
-
-
-def _has_saved(workdir: Path) -> bool:
-    folders = (workdir / "checkpoints", workdir / "checkpoints-quarantined")
-    return any(path.name.split("-")[0].isdigit() for folder in folders if folder.is_dir() for path in folder.iterdir())

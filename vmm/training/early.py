@@ -71,11 +71,9 @@ class Watch:
         """Whether there is an evaluation before training, for the metric's name."""
         return bool(self.early.metric) and step == 0
 
-    def due(self, step: int, last: int, save_every: int) -> bool:
-        """Whether a step is evaluated, and was not yet. last: the run's last step."""
-        every = self.early.every or save_every
-        asked = bool(self.early.metric) and step > 0 and (step % every == 0 or step == last)
-        return asked and all(row[0] != step for row in self.rows)
+    def lacks(self, step: int) -> bool:
+        """Whether a step has no evaluation yet."""
+        return step > 0 and all(row[0] != step for row in self.rows)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes down what an evaluation found; step 0, before training, only checks the metric's name.
