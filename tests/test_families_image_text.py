@@ -26,7 +26,6 @@ from vmm.errors import UserError
 from vmm.objectives.contrastive import Contrastive
 from vmm.types import Mask, Outputs, Tokens
 from vmm.weights.families import FAMILIES, reason
-from vmm.weights.families.common import IMAGENET_DEVIATION, IMAGENET_MEAN
 from vmm.weights.published import Imported, read_published
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=80)
@@ -176,18 +175,8 @@ def test_vit_mae_with_its_decoder(tmp_path, names: str):
     mask = Mask(*(jnp.asarray(reference.inputs[key], jnp.int32) for key in ("keep", "hidden")))
     ours, loss = run(imported, masked_pass, batch, mask)
     close("vit_mae decoder", ours, reference.outputs["predicted"])
-    # Its targets are patches of standardised colours, with their variance divided by P − 1; ours are patches of pixels
-    # as they are, with P. On nearly the same predictions the losses differ by so much, and by nothing else.
-    predicted, video = reference.outputs["predicted"], np.float64(reference.inputs["video"])
-    standard = (video - np.asarray(IMAGENET_MEAN)) / np.asarray(IMAGENET_DEVIATION)
-    for pixels, less, value in ((video, 0, float(loss)), (standard, 1, float(reference.outputs["loss"]))):
-        patches = pixels.reshape(2, 3, 16, 3, 16, 3).swapaxes(2, 3).reshape(2, 9, 768)
-        patches = np.take_along_axis(patches, np.asarray(mask.hidden)[..., None], axis=1)
-        spread = np.sqrt(patches.var(-1, ddof=less, keepdims=True) + 1e-6)
-        assert np.square(predicted - (patches - patches.mean(-1, keepdims=True)) / spread).mean() == pytest.approx(
-            value, rel=1e-5
-        )
-    assert float(loss) == pytest.approx(float(reference.outputs["loss"]), rel=1e-2)
+    # Its targets are patches of standardized colours, with their variance divided by P − 1.
+    assert float(loss) == pytest.approx(float(reference.outputs["loss"]), rel=1e-5)
     if names == "decoder_layers":  # the layout that published files have, and ours is written in
         assert_exported(imported, reference._replace(tensors=tensors), tmp_path / "ours")
 
@@ -229,7 +218,7 @@ def test_siglip(tmp_path):
     reference, imported = read("siglip", tmp_path / "theirs")
     assert imported.left == []
     image = reference.inputs["video"][:, :, :24, :24]  # 26 pixels are three patches of 8, and two that no patch has
-    assert imported.model["clip"] == dict(frames=1, size=24, text_length=12)
+    assert imported.model["clip"] == dict(frames=1, size=24, crop=0.0, text_length=12)
     check_contrast(imported, reference, video=image, text=reference.inputs["text"])
     assert_exported(imported, reference, tmp_path / "ours", changed={"vision_config.image_size": (26, 24)})
 

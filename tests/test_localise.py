@@ -298,7 +298,7 @@ def test_streams_without_time_are_one_line():
             {"data.clip.seconds": 4.0, "data.clip.frames": 16},
             "objectives.events.seconds: 8.0, but windows are of 4 s",
         ),
-        ({"data.augment.flip": True}, "data.augment: flip and area move what is seen"),
+        ({"data.augment.flip": True}, "data.augment, data.clip.crop: flip, area and crop move what is seen"),
     ],
 )
 def test_a_config_that_does_not_fit_its_data_is_one_line(changes, line):

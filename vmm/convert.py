@@ -21,7 +21,7 @@ from vmm.experiment import Experiment
 from vmm.fusion import FUSIONS
 from vmm.layers import Block
 from vmm.objectives import OBJECTIVES
-from vmm.source import FORMAT, Source, experiment_of, fit_base, open_source
+from vmm.source import FORMAT, TOKENIZER, Source, experiment_of, fit_base, open_source
 from vmm.training.step import State
 from vmm.weights import Report, parameter_tree, save_params
 from vmm.weights.families import FAMILIES
@@ -53,6 +53,9 @@ def convert(source: str | Path, out: str | Path, to: str | None = None) -> Path:
         written = _to_vmm(opened, out, source) if to is None else _to_family(opened, out, to)
         if opened.tokenizer is not None and opened.tokenizer.is_file():
             shutil.copyfile(opened.tokenizer, out / "tokenizer.json")
+            for name in TOKENIZER[1:] if opened.kind != "run" else ():
+                if (beside := opened.tokenizer.with_name(name)).is_file():
+                    shutil.copyfile(beside, out / name)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}: {error.filename})") from None
     show(written, f"{source} → {out}")
@@ -71,6 +74,7 @@ def _to_vmm(source: Source, out: Path, name: str | Path) -> Report:
         "model": source.model,
         "clip": source.clip,
         **{"labels": {}, **source.asked},
+        **({"classes": source.classes} if source.classes else {}),
     }
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(out / "README.md", _card(source, experiment))
@@ -87,7 +91,9 @@ def _card(source: Source, experiment: Experiment) -> str:
 
 
 def _to_family(source: Source, out: Path, family: str) -> Report:
-    model = _filled(source.model) | {"clip": source.clip, "labels": source.asked.get("labels", {})}
+    model = _filled(source.model) | {
+        "clip": source.clip, "labels": source.asked.get("labels", {}), "classes": source.classes,
+    }  # fmt: skip
     module = FAMILIES[family]
     try:
         config, parts = module.config(model)

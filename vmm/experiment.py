@@ -134,7 +134,7 @@ class Experiment:
 
     def _check_data(self) -> None:
         """Raises UserError where an encoder or an objective does not fit what the data gives."""
-        moves = self.augment.flip or tuple(self.augment.area) != (1.0, 1.0)
+        moves = self.augment.flip or tuple(self.augment.area) != (1.0, 1.0) or self.clip.crop != 1.0
         spec = DataSpec(self.data, self.clip, moves)
         for name, encoder in self.encoders.items():
             encoder.check(f"trunk.encoders.{name}", spec)

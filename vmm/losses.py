@@ -244,10 +244,14 @@ def _sigmoid_backward(chunk, saved, gradient):
 _sigmoid_chunked.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
-def standardise(patches: Float[Array, "*B P"], epsilon: float = 1e-6) -> Float[Array, "*B P"]:
-    """Returns each patch with mean 0 and variance 1: the targets of masked autoencoders (He et al. 2022)."""
+def standardise(patches: Float[Array, "*B P"], epsilon: float = 1e-6, less: int = 0) -> Float[Array, "*B P"]:
+    """Returns each patch with mean 0 and variance 1: the targets of masked autoencoders (He et al. 2022).
+
+    less: 1 for the unbiased variance, over P − 1, as its published code has it.
+    """
     centred = patches - patches.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    variance = jnp.square(centred).sum(-1, keepdims=True) / max(1, patches.shape[-1] - less)
+    return centred * jax.lax.rsqrt(variance + epsilon)
 
 
 def standardise_colours(patches: Float[Array, "*B P"], colours: int, epsilon: float = 1e-6) -> Float[Array, "*B P"]:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 import vmm
 from vmm.build import write_text
 from vmm.data import media, text
+from vmm.data.reading.sound import filled_up
 from vmm.errors import StorageError, UserError
 from vmm.experiment import Experiment
 from vmm.model import Recipe
@@ -214,6 +215,7 @@ class Model:
                 frames=clip.frames,
                 size=clip.size,
                 sample_rate=clip.sample_rate,
+                crop=media.Crop(share=clip.crop),
                 want=(want,),
             )
         except media.DecodeError as error:
@@ -246,7 +248,7 @@ class Model:
                 if math.isfinite(largest)
                 else "embed: an audio array must be in [-1, 1], and holds values that are not finite"
             )
-        return np.pad(array[:samples].astype(np.float32), (0, max(0, samples - len(array))))
+        return filled_up(array.astype(np.float32), samples)
 
     def _text(self, value) -> np.ndarray:
         if not isinstance(value, str) or not value.strip():

@@ -336,7 +336,7 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
     if name is None:
         return []
     recipe, objective = run.experiment.recipe, run.experiment.objectives[name]
-    view, standardised = objective.view, objective.standardise
+    view = objective.view
     batch = _first_clips(run, manifest, np.arange(_CLIPS))
     keys = sample_keys(jax.random.key(0), np.arange(_CLIPS))
     params = {"params": weights(run.state)}
@@ -348,14 +348,14 @@ def _reconstructions(run: Run, manifest: str) -> list[str]:
     parts = [
         f"<h2>Masked reconstruction</h2><p>Each clip: the original, what view <code>{html.escape(view)}</code> shows, "
         "the reconstruction of what it hides"
-        + (" (with the hidden patches' own mean and contrast)" if standardised else "")
+        + (" (with the hidden patches' own mean and contrast)" if objective.standardise else "")
         + ".</p>"
     ]
     for stream, draw in (("video", _draw_video), ("audio", _draw_audio)):
         if f"{name}/{stream}" in said:
             values, grid = patches[stream][0], tuple(int(extent) for extent in patches[stream][1])
             pictures = [
-                _three(values[i], said[f"hidden/{stream}"][i], said[f"{name}/{stream}"][i], standardised)
+                _three(values[i], said[f"hidden/{stream}"][i], said[f"{name}/{stream}"][i], objective)
                 for i in range(_CLIPS)
                 if batch.present[stream][i]
             ][:3]
@@ -390,16 +390,12 @@ def with_blanks(tokenizer: Tokenizer, ids: Sequence[int], hidden: Collection[int
     return " ".join(part for part in parts if part)
 
 
-def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, standardised: bool | str) -> list[np.ndarray]:
+def _three(values: np.ndarray, hidden: np.ndarray, guess: np.ndarray, objective: Reconstructs) -> list[np.ndarray]:
     """Returns original, shown and reconstructed patches [N P], as floats (pixels −1 … 1)."""
     original = values.astype(np.float32) / 127.5 - 1.0 if values.dtype == np.uint8 else values
     shown, made = original.copy(), original.copy()
     shown[hidden] = original.min() if values.dtype != np.uint8 else 0.0
-    if standardised:
-        colours = 3 if standardised == "colour" and values.dtype == np.uint8 else 1
-        own, shape = original[hidden].reshape(len(hidden), -1, colours), guess.shape
-        guess = (guess.reshape(own.shape) * own.std(1, keepdims=True) + own.mean(1, keepdims=True)).reshape(shape)
-    made[hidden] = guess
+    made[hidden] = objective.restored(values[hidden], guess)
     return [original, shown, made]
 
 

@@ -28,12 +28,18 @@ from vmm.weights.published import read_config, read_published
 
 FORMAT = 1  # of folders that vmm publishes
 ASKED = ("labels", "tags", "targets", "text")  # of a config's data: what heads are for, what the stream of text is
+# A tokenizer and what lies beside it: how its special tokens are called, what `transformers` reads.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "spiece.model",
+)  # fmt: skip
 _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
     "preprocessor_config.json",
-    "tokenizer.json",
+    "video_preprocessor_config.json",
+    *TOKENIZER,
     "*.npz",
     "README.md",
 ]
@@ -44,6 +50,7 @@ class Source(NamedTuple):
 
     kind: "vmm", "run" or a family. model: {"trunk", "views", "objectives"}. clip: as in a config's data; asked: ASKED of it.
     tensors: parameter path with dots → array. left: names in the file that nothing was made of, and why. tokenizer: file, or None.
+    classes: label → names of its classes, where they are told.
     """
 
     kind: str
@@ -53,6 +60,7 @@ class Source(NamedTuple):
     tensors: dict
     left: list
     tokenizer: Path | None
+    classes: dict = {}
 
 
 def open_source(
@@ -92,7 +100,16 @@ def open_source(
     model = {key: imported.model[key] for key in ("trunk", "views", "objectives")}
     left = [f"{name} ({reason(imported.family, name) or 'unknown'})" for name in imported.left]
     asked = {"labels": imported.model.get("labels", {})}
-    return Source(imported.family, model, imported.model["clip"], asked, imported.tensors, left, imported.tokenizer)
+    return Source(
+        imported.family,
+        model,
+        imported.model["clip"],
+        asked,
+        imported.tensors,
+        left,
+        imported.tokenizer,
+        imported.model.get("classes", {}),
+    )
 
 
 def _vmm(folder: Path, config: dict) -> Source:
@@ -100,7 +117,19 @@ def _vmm(folder: Path, config: dict) -> Source:
     tensors = load_tensors(folder / "model.safetensors")
     _check(folder, model, tensors)
     tokenizer = folder / "tokenizer.json"
-    return Source("vmm", model, clip, asked, tensors, [], tokenizer if tokenizer.is_file() else None)
+    return Source(
+        "vmm", model, clip, asked, tensors, [], tokenizer if tokenizer.is_file() else None, _classes(folder, config)
+    )
+
+
+def _classes(folder: Path, config: dict) -> dict:
+    """Returns label → names of a folder's config, {} where it tells none."""
+    classes = config.get("classes", {})
+    if not isinstance(classes, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in classes.values()
+    ):
+        raise UserError(f"{folder / 'config.json'}: classes must be label → list of names")
+    return classes
 
 
 def _read(folder: Path, config: dict) -> tuple[dict, dict, dict]:

@@ -24,17 +24,22 @@ _BLOCK = 1 << 31
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """The window of a clip that one sample shows; the same for training and for a published model.
+    """The window of a clip that one sample shows; the same for training and for a published model."""
 
-    seconds: length of the window. frames: T. size: H = W, pixels. sample_rate: Hz.
-    text_length: L, tokens of a caption with its start and end.
-    """
+    seconds: float = setting(2.0, "Length of the window.")
+    frames: int = setting(8, "Frames T in it.")
+    size: int = setting(64, "Height and width, pixels.")
+    sample_rate: int = setting(16000, "Of sound, Hz.")
+    text_length: int = setting(32, "Tokens L of a caption, with its start and end.")
+    crop: float = setting(
+        1.0,
+        "Share of the picture's shorter side that the square covers, as 224/256 where published models cut their margin "
+        "off; 0: the whole picture is squeezed into a square.",
+    )
 
-    seconds: float = 2.0
-    frames: int = 8
-    size: int = 64
-    sample_rate: int = 16000
-    text_length: int = 32
+    def __post_init__(self):
+        if not 0 <= self.crop <= 1:
+            raise UserError(f"data.clip.crop: a share in [0, 1], 0: the whole picture; got {self.crop}")
 
     @property
     def samples(self) -> int:
@@ -277,7 +282,7 @@ class Samples:
     ) -> dict:
         row, augment = self.rows[number], self.augment
         draw = rng.uniform(size=5)  # drawn whole, so that one option never moves another's numbers
-        crop, drawn = media.Crop(along, along), along != 0.5
+        crop, drawn = media.Crop(along, along, share=clip.crop), along != 0.5
         if augment:
             cut = augment.area[0] < 1
             drawn = cut or augment.flip

@@ -40,7 +40,8 @@ def kaldi(
 
     Of each frame: the mean is removed, x[n] − 0.97 x[n−1] taken (x[−1] = x[0]), a Hann window whose ends are 0 laid
     over it, and the power of the Fourier transform summed by mel filter; natural logarithm, floored at float32's
-    epsilon. No dither, no energy. `frames` beyond the clip are 0, in the logarithm and before the mean is subtracted.
+    epsilon. No dither, no energy. Frames beyond the clip, and those that reach beyond the end of its sound (where samples
+    are −0.0, see data/reading/sound.py), are 0, in the logarithm and before the mean is subtracted.
     """
     transform = 1 << (window - 1).bit_length()
     count = max(0, 1 + (wave.shape[1] - window) // hop)
@@ -52,6 +53,9 @@ def kaldi(
     power = _power(x * np.hanning(window).astype(np.float32), transform)
     mel = jnp.matmul(power, mel_filters(bins, transform, sample_rate), precision=_HIGHEST)
     mel = jnp.log(jnp.maximum(mel, np.finfo(np.float32).eps))
+    heard = (wave != 0) | ~jnp.signbit(wave)
+    length = jnp.where(heard, np.arange(1, wave.shape[1] + 1), 0).max(1)
+    mel = jnp.where((np.arange(count) * hop + window <= length[:, None])[..., None], mel, 0.0)
     return jnp.pad(mel, ((0, 0), (0, max(0, frames - count)), (0, 0)))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
+import numpy as np
 from jaxtyping import Array, Float
 
 from vmm.data.manifest import Row
@@ -108,12 +109,13 @@ class Generates:
 
 
 class Reconstructs:
-    """An objective whose predict gives the values of hidden patches, modality → [B H P], or logits of ids [B H V].
-
-    standardise: how patches were standardized, see Masked.
-    """
+    """An objective whose predict gives the values of hidden patches, modality → [B H P], or logits of ids [B H V]."""
 
     standardise: bool | str
+
+    def restored(self, values: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """Returns predictions [H P] as values of the stream: pixels −1 … 1, spectrograms. values: the true ones [H P]."""
+        raise NotImplementedError
 
 
 def by_capability(objectives: Mapping[str, Objective], capability: type) -> list[str]:

@@ -89,7 +89,7 @@ class Localise(Objective):
                 )
         if self.boxes and data.moves_pixels:
             raise UserError(
-                f"data.augment: flip and area move what is seen, and not the boxes of {where}; take them out, or set its "
+                f"data.augment, data.clip.crop: flip, area and crop move what is seen, and not the boxes of {where}; take them out, or set its "
                 "boxes=False"
             )
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from vmm import losses
@@ -21,7 +22,7 @@ from vmm.layers import Dense, Positions, Stack, as_float, gather, vector
 from vmm.objectives.base import Objective, Reconstructs
 from vmm.types import Batch, Outputs, Tokens
 
-STANDARDISE = (True, False, "patch", "colour")
+STANDARDISE = (True, False, "patch", "unbiased", "colour")
 
 
 class Decoder(nn.Module):
@@ -97,7 +98,10 @@ class Masked(Objective, Reconstructs):
     decode: share of the hidden tokens that training predicts, by `running_cells` (dual masking, VideoMAE V2): the
     decoder costs less. `predict` predicts all.
     standardise: targets are each patch with mean 0 and variance 1, True or "patch" (better features on natural
-    images; on flat ones it is noise); "colour": each colour of a patch by itself, as VideoMAE has it; False: as is.
+    images; on flat ones it is noise); "unbiased": the same by the variance over P − 1, as MAE has it; "colour": each colour
+    of a patch by itself, as VideoMAE has it; False: as is.
+    pixels: (mean, deviation) of each colour, in pixel values 0 … 255, that are subtracted from targets and divided out
+    before that; (): pixels are −1 … 1.
     """
 
     view: str = "masked"
@@ -115,6 +119,7 @@ class Masked(Objective, Reconstructs):
     decode: float = 1.0
     scan: bool = False
     remat: bool | str = False
+    pixels: tuple = ()
 
     needs_hidden = True
 
@@ -167,6 +172,23 @@ class Masked(Objective, Reconstructs):
         self._check(outputs)
         return self._decode(outputs, {name: outputs.masks[name].hidden for name in self.modalities})
 
+    @nn.nowrap
+    def restored(self, values: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """Returns predictions [H P] of patches as values of the stream: pixels −1 … 1, spectrograms.
+
+        values: the true patches [H P], for the mean and deviation where they were standardized.
+        """
+        pixels = values.dtype == np.uint8
+        mean, deviation = self.pixels if pixels and self.pixels else ((127.5,) * 3, (127.5,) * 3)
+        mean, deviation = (np.tile(np.float32(of), values.shape[-1] // 3) if pixels else of for of in (mean, deviation))
+        target = (values.astype(np.float32) - mean) / deviation if pixels else values
+        if self.standardise:
+            colours = 3 if self.standardise == "colour" and pixels else 1
+            own = target.reshape(len(target), -1, colours)
+            spread, middle = own.std(1, keepdims=True), own.mean(1, keepdims=True)
+            prediction = (prediction.reshape(own.shape) * spread + middle).reshape(prediction.shape)
+        return (prediction * deviation + mean) / 127.5 - 1.0 if pixels else prediction
+
     def _places(self, name: str, outputs: Outputs, batch: Batch) -> Int[Array, "B H"]:
         """Returns the hidden places of one modality that are predicted in training."""
         patches, hidden = outputs.patches[name], outputs.masks[name].hidden
@@ -181,10 +203,13 @@ class Masked(Objective, Reconstructs):
     def _target(self, values: Array) -> Array:
         """Returns patches as they are to be predicted."""
         target, pixels = as_float(values), values.dtype == jnp.uint8
+        if pixels and self.pixels:
+            mean, deviation = (np.tile(np.float32(of), values.shape[-1] // 3) for of in self.pixels)
+            target = (values.astype(jnp.float32) - mean) / deviation
         if self.standardise == "colour":
             # VideoMAE's pixels are 0 … 1, ours −1 … 1: the same share of the deviation is added to it.
-            return losses.standardise_colours(target, 3 if pixels else 1, 2e-6 if pixels else 1e-6)
-        return losses.standardise(target) if self.standardise else target
+            return losses.standardise_colours(target, 3 if pixels else 1, 2e-6 if pixels and not self.pixels else 1e-6)
+        return losses.standardise(target, less=self.standardise == "unbiased") if self.standardise else target
 
     def features(self, outputs: Outputs, batch: Batch) -> dict:
         """Returns per sample and modality the sum of errors over hidden tokens, and their number."""

@@ -15,13 +15,13 @@ from vmm.weights.families import FAMILIES, videoprism
 from vmm.weights.layout import load, save
 from vmm.weights.tensors import load_tensors, save_arrays
 
-_PIXELS = "preprocessor_config.json"
+_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 class Imported(NamedTuple):
     """A published model as ours.
 
-    family: its name. model: {"trunk", "views", "objectives", "clip"}, as in a config. tensors: parameter path with
+    family: its name. model: {"trunk", "views", "objectives", "clip"}, as in a config, and "labels", "classes" of a classifier. tensors: parameter path with
     dots → float32. left: names of theirs that nothing of ours is made of. tokenizer: its tokenizer.json, or None.
     """
 
@@ -89,16 +89,23 @@ def _listed(folder: Path, index: Mapping) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
-def read_pixels(path: Path) -> dict:
-    """Returns mean and deviation, in pixel values 0 … 255, of an image processor's file: {} where it does not say.
+def read_processor(path: Path) -> tuple[dict, dict]:
+    """Returns what an image or video processor's file says: (fields of the video encoder, fields of the clip).
 
-    Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p.
+    Such a processor gives (p · rescale_factor − offset − image_mean) / image_std of a pixel p: mean and deviation of ours,
+    in pixel values 0 … 255. It brings the shorter side to `size` and cuts `crop_size` out of the middle, or squeezes the
+    whole picture into a square: `crop`. What the file does not say is in neither.
+
+    Raises:
+      UserError: the file is not of a processor, or its pictures are not square.
     """
     try:
         told = parse_json(path.read_text(encoding="utf-8-sig"))
+        clip = _geometry(told)
         if "image_mean" not in told or not told.get("do_normalize", True):
-            return {}
-        scale = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
+            return {}, clip
+        factor = told.get("rescale_factor")
+        scale = float(1 / 255 if factor is None else factor) if told.get("do_rescale", True) else 1.0
         shift = 1.0 if told.get("offset") else 0.0
         mean = tuple((float(value) + shift) / scale for value in told["image_mean"])
         deviation = tuple(float(value) / scale for value in told["image_std"])
@@ -106,7 +113,44 @@ def read_pixels(path: Path) -> dict:
         raise UserError(f"{path}: not an image processor's file ({error!r})") from None
     if len(mean) != 3 or len(deviation) != 3 or 0 in deviation:
         raise UserError(f"{path}: image_mean and image_std must be three numbers each, image_std none of them 0")
-    return {"mean": mean, "deviation": deviation}
+    return {"mean": mean, "deviation": deviation}, clip
+
+
+def _geometry(told: Mapping) -> dict:
+    """Returns {"crop": share} of a processor's file, {} where it does not resize."""
+    size, cut = told.get("size"), told.get("crop_size")
+    if not size or not told.get("do_resize", True):
+        return {}
+    cuts = told.get("do_center_crop", bool(cut)) and bool(cut)
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) else size if cuts else None
+    if edge is None:  # height and width, or one number of old files without a cut
+        return {"crop": 0.0}
+    cut = (cut.get("height") if isinstance(cut, Mapping) else cut) if cuts else edge
+    return {"crop": min(1.0, float(cut) / float(edge))}
+
+
+def write_processor(folder: Path, family: str, encoder: Mapping, clip: Mapping) -> None:
+    """Writes the file that read_processor reads, for a family that has one; nothing for a model that does not see."""
+    known = vars(FAMILIES[family]).get("PROCESSOR")
+    if known is None or "mean" not in encoder:
+        return
+    size, crop = clip["size"], clip.get("crop", 1.0)
+    scale, shift = known.get("rescale_factor", 1 / 255), 1.0 if known.get("offset") else 0.0
+    square = {"height": size, "width": size}
+    geometry = {"size": square, "do_center_crop": False}
+    if crop:
+        geometry = {"size": {"shortest_edge": round(size / crop)}, "do_center_crop": True, "crop_size": square}
+    pixels = {
+        "do_resize": True,
+        **geometry,
+        "do_rescale": True,
+        "rescale_factor": scale,
+        "do_normalize": True,
+        "image_mean": [value * scale - shift for value in encoder["mean"]],
+        "image_std": [value * scale for value in encoder["deviation"]],
+        **known,
+    }
+    write_text(folder / _PROCESSORS["video_processor_type" in known], json.dumps(pixels, indent=2) + "\n")
 
 
 def read_published(folder: str | Path) -> Imported:
@@ -138,8 +182,11 @@ def read_published(folder: str | Path) -> Imported:
         rules = family.rules(config, parts)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: has no {error}, which {kind} needs") from None
-    if (folder / _PIXELS).is_file() and "video" in model["trunk"]["encoders"]:
-        model["trunk"]["encoders"]["video"] |= read_pixels(folder / _PIXELS)
+    for name in _PROCESSORS if "video" in model["trunk"]["encoders"] else ():
+        if (folder / name).is_file():
+            pixels, clip = read_processor(folder / name)
+            model["trunk"]["encoders"]["video"] |= pixels
+            model["clip"] |= clip
     tensors, left = load(rules, theirs)
     tokenizer = folder / "tokenizer.json"
     return Imported(kind, model, tensors, left, tokenizer if tokenizer.is_file() else None)
@@ -163,14 +210,5 @@ def write_published(folder: str | Path, family: str, model: Mapping, tensors: Ma
     folder.mkdir(parents=True, exist_ok=True)
     save_arrays(theirs, folder / "model.safetensors", {"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    encoder = model["trunk"]["encoders"].get("video", {})
-    if "mean" in encoder:
-        pixels = {
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [value / 255 for value in encoder["mean"]],
-            "image_std": [value / 255 for value in encoder["deviation"]],
-        }
-        write_text(folder / _PIXELS, json.dumps(pixels, indent=2) + "\n")
+    write_processor(folder, family, model["trunk"]["encoders"].get("video", {}), model["clip"])
     return config

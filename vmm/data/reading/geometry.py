@@ -20,6 +20,7 @@ class Crop(NamedTuple):
 
     y, x: its place, fractions of the free range. area: share of the picture, None: the largest square.
     aspect: width to height of a part with an area; it is squeezed into a square. flip: mirrored.
+    share: without an area, of the shorter side that the square covers; 0: the whole picture, squeezed into a square.
     """
 
     y: float = 0.5
@@ -27,11 +28,13 @@ class Crop(NamedTuple):
     area: float | None = None
     aspect: float = 1.0
     flip: bool = False
+    share: float = 1.0
 
     def sides(self, height: float, width: float) -> tuple[float, float]:
         """Returns the height and width of the part, in the unit of the frame's; what does not fit is cut."""
         if self.area is None:
-            return min(height, width), min(height, width)
+            side = self.share * min(height, width)
+            return (side, side) if side else (height, width)
         root = math.sqrt(self.area * height * width)
         return min(height, root / math.sqrt(self.aspect)), min(width, root * math.sqrt(self.aspect))
 

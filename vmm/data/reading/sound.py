@@ -207,6 +207,15 @@ def window_sound(medium: Medium, start: float, seconds: float, rate: int, remark
         return None
     if tape.holes:
         remarks["holes in the sound"] += 1
-    whole = np.zeros(round(seconds * rate), np.float32)
-    whole[: wave.shape[1]] = np.clip(wave[0], -1.0, 1.0)
-    return np.nan_to_num(whole)
+    return filled_up(np.nan_to_num(np.clip(wave[0], -1.0, 1.0)), round(seconds * rate))
+
+
+def filled_up(wave: np.ndarray, samples: int) -> np.ndarray:
+    """Returns sound float32 [samples] of a wave [S]: cut, or filled up with silence that tells itself apart.
+
+    What is beyond the sound's end is −0.0, and no sample of the sound is: both are silence, but a front end that leaves
+    out what was never heard (AST's) sees where it begins.
+    """
+    result = np.full(samples, -0.0, np.float32)
+    result[: len(wave)] = wave[:samples] + np.float32(0.0)  # −0.0 + 0.0 is 0.0
+    return result

@@ -7,6 +7,7 @@ Contract of a module here, held for every entry by tests/test_families.py:
     describe(config, parts) → model         their config.json → our {"trunk", "views", "objectives", "clip"}
     config(model) → (config, parts)         the reverse, with "model_type" and "architectures"
     rules(config, parts) → [Rule]           how tensors correspond, see layout.py
+    PROCESSOR: {key: value}                 of the image processor's file, where the family sees; see published.py
     LEFT: {pattern: what it is}             tensors of theirs that ours has no use for, if there are such
 
 FAMILIES: "model_type" of config.json → module.

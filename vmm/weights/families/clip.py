@@ -22,6 +22,7 @@ from vmm.weights.layout import Rule, block, class_token, linear, norm, patching,
 PREFIX = ""
 LEFT = {r"position_ids$": "0, 1, 2, …"}
 VIDEO, TEXT = "model.encoder_video", "model.encoder_text"
+PROCESSOR = dict(image_processor_type="CLIPImageProcessor")
 _CONTRAST = "objective_contrast"
 _STYLE = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, num_hidden_layers=12)
 _HEADS = dict(variant="softmax", pooling=dict(video="first", text="last"), project="linear", separate=False)
@@ -65,7 +66,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         trunk=dict(encoders=encoders, fusion=late(encoders["video"]) | dict(width=0)),
         views=dict(clean={}),
         objectives=dict(contrast=contrast),
-        clip=dict(frames=1, size=size_of(vision), text_length=text["max_position_embeddings"]),
+        clip=dict(frames=1, size=size_of(vision), crop=1.0, text_length=text["max_position_embeddings"]),
     )
 
 

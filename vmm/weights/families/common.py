@@ -9,6 +9,7 @@ IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 CLIP_MEAN = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)
 CLIP_DEVIATION = (0.26862954 * 255, 0.26130258 * 255, 0.27577711 * 255)
+UNIT = ((0.0,) * 3, (255.0,) * 3)  # pixels 0 … 1
 HALF = (127.5, 127.5, 127.5)
 
 _ACTIVATIONS = {
@@ -83,30 +84,44 @@ def late(encoder: Mapping) -> dict:
     return dict(kind="late", width=encoder["width"], depth=0, heads=encoder["heads"])
 
 
-def video_model(encoder: Mapping, frames: int, size: int) -> dict:
-    """Returns the model of a video encoder alone, for clips of so many frames of size × size."""
+def margin(size: int) -> float:
+    """Returns the share of a picture's shorter side that is cut out, of processors that cut 224 of 256 pixels."""
+    return size / (size * 256 // 224)
+
+
+def video_model(encoder: Mapping, frames: int, size: int, crop: float = 1.0, **clip) -> dict:
+    """Returns the model of a video encoder alone, for clips of so many frames of size × size. clip: further fields of it."""
     return dict(
         trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
         views={},
         objectives={},
-        clip=dict(frames=frames, size=size),
+        clip=dict(frames=frames, size=size, crop=crop, **clip),
     )
 
 
 def classifier(config: Mapping) -> dict:
-    """Returns the parts of a model that a linear classifier of the first token is: views, objectives, labels."""
+    """Returns the parts of a model that a linear classifier of the first token is: views, objectives, labels, classes."""
     # Two classes are the default of config.json, and then not written down.
-    labels = {"label": len(config.get("id2label") or range(config.get("num_labels", 2)))}
+    names = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    try:
+        names = [str(names[key]) for key in sorted(names, key=int)]
+    except (TypeError, ValueError, AttributeError):
+        raise UserError("config.json id2label: expected number → name of a class") from None
+    labels = {"label": len(names)}
     return dict(
         views=dict(clean={}),
         objectives=dict(classes=dict(kind="classify", labels=labels, pooling="first")),
         labels=labels,
+        classes={"label": names},
     )
 
 
-def classifier_to(head: Mapping) -> dict:
-    """Returns config.json's keys of that objective."""
-    names = [f"LABEL_{i}" for i in range(head["labels"]["label"])]
+def classifier_to(model: Mapping) -> dict:
+    """Returns config.json's keys of that objective, with the names of its classes."""
+    count = model["objectives"]["classes"]["labels"]["label"]
+    names = (model.get("classes") or {}).get("label") or [f"LABEL_{i}" for i in range(count)]
+    if len(names) != count:
+        raise UserError(f"classes.label: {len(names)} names of {count} classes; give each one a name")
     return dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
 
 

@@ -12,6 +12,7 @@ from vmm.weights.layout import Rule, fused_attention, linear, norm, patching, re
 
 PREFIX = ""
 LEFT = {r"position_ids$": "0, 1, 2, …"}
+PROCESSOR = dict(image_processor_type="SiglipImageProcessor")
 _CONTRAST = "objective_contrast"
 _STYLE = dict(
     hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
@@ -54,7 +55,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         trunk=dict(encoders=encoders, fusion=late(video) | dict(width=0)),
         views=dict(clean={}),
         objectives=dict(contrast=contrast),
-        clip=dict(frames=1, size=size_of(vision), text_length=text["max_position_embeddings"]),
+        clip=dict(frames=1, size=size_of(vision), crop=0.0, text_length=text["max_position_embeddings"]),
     )
 
 

@@ -25,6 +25,7 @@ _DEFAULTS = dict(
     layer_norm_eps=1e-6, image_size=224, patch_size=16, num_frames=8, attention_type="divided_space_time",
 )  # fmt: skip
 _KINDS = {"divided_space_time": "divided", "joint_space_time": "joint"}
+PROCESSOR = dict(image_processor_type="VideoMAEImageProcessor")
 # Its published models' own, not those of ImageNet.
 _MEAN = (0.45 * 255,) * 3
 _DEVIATION = (0.225 * 255,) * 3
@@ -50,7 +51,8 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         mean=_MEAN,
         deviation=_DEVIATION,
     )
-    model = video_model(encoder, c["num_frames"], square(c, "image_size"))
+    frames = c["num_frames"]  # of 8 every 32nd of 30 a second, of 16 every 16th, of 96 every fourth
+    model = video_model(encoder, frames, square(c, "image_size"), seconds=(384 if frames >= 96 else 256) / 30)
     return model | classifier(c) if "head" in parts else model
 
 
@@ -68,7 +70,7 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
         num_channels=3,
         qkv_bias=True,
     )
-    return result | (classifier_to(head) if head else {}), frozenset({"head"}) if head else frozenset()
+    return result | (classifier_to(model) if head else {}), frozenset({"head"}) if head else frozenset()
 
 
 def rules(config: Mapping, parts: frozenset[str]) -> list[Rule]:

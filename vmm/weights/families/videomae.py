@@ -6,6 +6,7 @@ from vmm.errors import UserError
 from vmm.weights.families.common import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
+    UNIT,
     agree,
     square,
     transformer,
@@ -17,8 +18,7 @@ from vmm.weights.layout import Rule, block, linear, norm, patching, reshaped
 PREFIX = "videomae."
 _ENCODER = "model.encoder_video"
 _DECODER = "objective_pixels.video"
-
-
+PROCESSOR = dict(image_processor_type="VideoMAEImageProcessor")
 LEFT = {r"^(fc_norm|classifier)\.": "head: it norms the mean token, ours each token"}
 
 
@@ -40,7 +40,8 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         mean=IMAGENET_MEAN,
         deviation=IMAGENET_DEVIATION,
     )
-    model = video_model(encoder, c["num_frames"], square(c, "image_size"))
+    frames = c["num_frames"]  # every fourth of 30 a second
+    model = video_model(encoder, frames, square(c, "image_size"), seconds=4 * frames / 30)
     if "decoder" in parts:
         model["views"] = dict(masked=dict(video=dict(kind="tube", ratio=0.9)))
         model["objectives"] = dict(
@@ -53,6 +54,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
                 heads=c["decoder_num_attention_heads"],
                 ratio=c["decoder_intermediate_size"] / c["decoder_hidden_size"],
                 standardise="colour" if c["norm_pix_loss"] else False,
+                pixels=UNIT,
                 positions="sincos_flat",
                 enter_bias=False,
                 block=encoder["block"],
@@ -65,7 +67,9 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
     encoder, clip = model["trunk"]["encoders"]["video"], model["clip"]
     decoder = model["objectives"].get("pixels")
     if decoder:
-        fixed = dict(kind="masked", modalities=("video",), context=(), positions="sincos_flat", enter_bias=False)
+        fixed = dict(
+            kind="masked", modalities=("video",), context=(), positions="sincos_flat", enter_bias=False, pixels=UNIT
+        )
         agree(decoder, "objectives.pixels", "videomae", **fixed, block=encoder["block"])
         if decoder["standardise"] not in ("colour", False):
             raise UserError(

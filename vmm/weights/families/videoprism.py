@@ -19,6 +19,7 @@ LEFT = {
     r"^text_model\.": "the text encoder",
     r"^params/(auxiliary_encoder|contrastive_vision_pooler|text_encoder)/": "the pooling head and the text encoder",
 }
+PROCESSOR = {}
 _ENCODER = "model.encoder_video"
 # Where the encoder's tensors lie: in the layout of `transformers`, alone or in a larger model; in the original one.
 _LAYOUTS = ("", "vision_model.", "video_model.vision_model.")
@@ -101,7 +102,8 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
         views={},
         objectives={},
-        clip=dict(frames=c["num_frames"], size=square(c, "image_size")),
+        # Its paper spreads the frames over a clip, of no told length: two a second. The whole picture is squeezed.
+        clip=dict(frames=c["num_frames"], size=square(c, "image_size"), seconds=c["num_frames"] / 2, crop=0.0),
     )
 
 

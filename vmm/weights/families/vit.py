@@ -17,6 +17,7 @@ from vmm.weights.layout import Rule, block, class_token, linear, norm, patching
 
 PREFIX = "vit."
 LEFT = {r"\.pooler\.": "the pooler", r"mask_token$": "of masked pretraining"}
+PROCESSOR = dict(image_processor_type="ViTImageProcessor")
 ENCODER = "model.encoder_video"
 _DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
@@ -32,7 +33,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
     c = _DEFAULTS | dict(config)
     require(c, "vit", num_channels=3)
     encoder = image_encoder(c, HALF, HALF)
-    model = video_model(encoder, 1, size_of(c))
+    model = video_model(encoder, 1, size_of(c), crop=0.0)  # its processor squeezes the whole image
     return model | classifier(c) if "head" in parts else model
 
 
@@ -47,7 +48,7 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
         qkv_bias=True,
     )
     if head:
-        result |= classifier_to(head)
+        result |= classifier_to(model)
     return result, frozenset({"head"}) if head else frozenset()
 
 

@@ -15,6 +15,8 @@ from vmm.weights.layout import Rule, linear, norm, reshaped
 
 PREFIX = "vit."
 LEFT = {}
+_PIXELS = (IMAGENET_MEAN, IMAGENET_DEVIATION)  # of its targets too
+PROCESSOR = dict(image_processor_type="ViTImageProcessor")
 _DECODER = "objective_pixels.video"
 _DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
@@ -37,7 +39,7 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
     c = _DEFAULTS | dict(config)
     require(c, "vit_mae", num_channels=3)
     encoder = image_encoder(c, IMAGENET_MEAN, IMAGENET_DEVIATION)
-    model = video_model(encoder, 1, size_of(c))
+    model = video_model(encoder, 1, size_of(c), crop=0.0)  # its processor squeezes the whole image
     if "decoder" in parts:
         pixels = dict(
             kind="masked",
@@ -46,7 +48,8 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
             depth=c["decoder_num_hidden_layers"],
             heads=c["decoder_num_attention_heads"],
             ratio=c["decoder_intermediate_size"] / c["decoder_hidden_size"],
-            standardise="patch" if c["norm_pix_loss"] else False,
+            standardise="unbiased" if c["norm_pix_loss"] else False,
+            pixels=_PIXELS,
             positions="learned",
             enter_bias=True,
             block=encoder["block"],
@@ -61,7 +64,9 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
     decoder = model["objectives"].get("pixels")
     if decoder:
         style = model["trunk"]["encoders"]["video"]["block"]
-        agree(decoder, "objectives.pixels", "vit_mae", positions="learned", enter_bias=True, block=style)
+        agree(
+            decoder, "objectives.pixels", "vit_mae", positions="learned", enter_bias=True, block=style, pixels=_PIXELS
+        )
     result = dict(
         model_type="vit_mae",
         architectures=["ViTMAEForPreTraining" if decoder else "ViTMAEModel"],
@@ -74,7 +79,7 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
             decoder_num_hidden_layers=decoder["depth"],
             decoder_num_attention_heads=decoder["heads"],
             decoder_intermediate_size=round(decoder["ratio"] * decoder["width"]),
-            norm_pix_loss=decoder["standardise"] in (True, "patch"),
+            norm_pix_loss=decoder["standardise"] == "unbiased",
             mask_ratio=model["views"]["masked"]["video"]["ratio"],
         )
     return result, frozenset({"decoder"}) if decoder else frozenset()

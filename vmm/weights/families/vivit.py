@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from vmm.weights.families.common import (
     classifier,
     classifier_to,
+    margin,
     require,
     square,
     transformer,
@@ -22,6 +23,7 @@ _DEFAULTS = dict(
     layer_norm_eps=1e-6, image_size=224, num_frames=32, tubelet_size=(2, 16, 16), qkv_bias=True,
 )  # fmt: skip
 # Its image processor brings pixels to −1 … 1 and then subtracts and divides by 0.5: −3 … 1.
+PROCESSOR = dict(image_processor_type="VivitImageProcessor", offset=True, rescale_factor=1 / 127.5)
 _MEAN = (191.25, 191.25, 191.25)
 _DEVIATION = (63.75, 63.75, 63.75)
 
@@ -42,7 +44,9 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         mean=_MEAN,
         deviation=_DEVIATION,
     )
-    model = video_model(encoder, c["num_frames"], square(c, "image_size"))
+    frames, size = c["num_frames"], square(c, "image_size")
+    # Its paper takes every second frame of Kinetics' 25 a second; its processor cuts 224 out of 256.
+    model = video_model(encoder, frames, size, margin(size), seconds=2 * frames / 25)
     return model | classifier(c) if "head" in parts else model
 
 
@@ -58,7 +62,7 @@ def config(model: Mapping) -> tuple[dict, frozenset[str]]:
         num_channels=3,
         qkv_bias=True,
     )
-    return result | (classifier_to(head) if head else {}), frozenset({"head"}) if head else frozenset()
+    return result | (classifier_to(model) if head else {}), frozenset({"head"}) if head else frozenset()
 
 
 def rules(config: Mapping, parts: frozenset[str]) -> list[Rule]:

@@ -15,6 +15,7 @@ from vmm.weights.families.common import (
     activation_to,
     agree,
     late,
+    margin,
     require,
     square,
 )
@@ -23,6 +24,7 @@ from vmm.weights.layout import Rule, block, linear, norm, patching
 PREFIX = "vjepa2."
 LEFT = {r"^pooler\.|^classifier\.": "the attentive classifier"}
 _ENCODER = "model.encoder_video"
+PROCESSOR = dict(video_processor_type="VJEPA2VideoProcessor")
 _PREDICTOR = "objective_latent.video"
 _DEFAULTS = dict(
     patch_size=16, crop_size=256, frames_per_clip=64, tubelet_size=2, hidden_size=1024, num_attention_heads=16,
@@ -66,7 +68,13 @@ def describe(config: Mapping, parts: frozenset[str]) -> dict:
         trunk=dict(encoders=dict(video=encoder), fusion=late(encoder)),
         views=dict(masked=masked, target=dict(teacher=True)) if "predictor" in parts else {},
         objectives=dict(latent=predictor) if "predictor" in parts else {},
-        clip=dict(frames=c["frames_per_clip"], size=c["crop_size"]),
+        # Four frames a second; its processor cuts 256 out of 292.
+        clip=dict(
+            frames=c["frames_per_clip"],
+            size=c["crop_size"],
+            seconds=c["frames_per_clip"] / 4,
+            crop=margin(c["crop_size"]),
+        ),
     )
 
 
