@@ -92,6 +92,13 @@ def pixels(*shape: int) -> np.ndarray:
     return below("pixels", 0, 256, *shape).astype(np.uint8)
 
 
+def scene(height: int = 84, width: int = 168) -> np.ndarray:
+    """Returns a picture uint8 [height width 3] of slow waves, unlike in every part: what is shown of it can be told."""
+    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    waves = [3 * x + 2 * y, 5 * x - y, x + 4 * y]
+    return np.stack([127.5 + 110 * np.sin(np.pi * (wave + 0.3)) for wave in waves], -1).round().astype(np.uint8)
+
+
 def orders(key: str, rows: int, count: int) -> np.ndarray:
     """Returns a permutation of 0 … count − 1 in each row."""
     return np.argsort(uniform(key, rows, count), axis=1)

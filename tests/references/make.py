@@ -30,7 +30,7 @@ from transformers.image_utils import (
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from references import CAPTIONS, RATE, below, draw, orders, pixels, sounds, uniform, waves  # noqa: E402
+from references import CAPTIONS, RATE, below, draw, orders, pixels, scene, sounds, uniform, waves  # noqa: E402
 
 
 class Made(NamedTuple):
@@ -168,6 +168,53 @@ for _name, _cls, _fields in (
         tokens_of(*IMAGENET, lambda model: getattr(model, "videomae", model)), "videomae.",
         again=(transformers.VideoMAEModel, {}) if _fields else None,
     )  # fmt: skip
+
+
+# Processors of pictures as their published models have them, for pictures of 56 pixels.
+SQUARE = dict(height=56, width=56)
+PROCESSORS = {
+    "clip": ("CLIPImageProcessor", dict(size=dict(shortest_edge=56), crop_size=SQUARE)),
+    "siglip": ("SiglipImageProcessor", dict(size=SQUARE)),
+    "timesformer": (
+        "VideoMAEImageProcessor",
+        dict(size=dict(shortest_edge=56), crop_size=SQUARE, image_mean=[0.45] * 3, image_std=[0.225] * 3),
+    ),
+    "videomae": (
+        "VideoMAEImageProcessor",
+        dict(
+            size=dict(shortest_edge=56),
+            crop_size=SQUARE,
+            image_mean=IMAGENET_DEFAULT_MEAN,
+            image_std=IMAGENET_DEFAULT_STD,
+        ),
+    ),
+    "vit": ("ViTImageProcessor", dict(size=SQUARE)),
+    "vit_mae": (
+        "ViTImageProcessor",
+        dict(size=SQUARE, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD),
+    ),
+    "vivit": ("VivitImageProcessor", dict(size=dict(shortest_edge=64), crop_size=SQUARE)),
+    "vjepa2": ("VJEPA2VideoProcessor", dict(size=dict(shortest_edge=64), crop_size=SQUARE)),
+}
+
+
+@reference
+def processors() -> Made:
+    """What the image processors of published families make of one picture."""
+    outputs, files = {}, {}
+    for family, (name, fields) in PROCESSORS.items():
+        processor = getattr(transformers, name)(**fields)
+        given = [scene()] * 2 if "Video" in name or family == "vivit" else scene()
+        said = processor(list(given) if isinstance(given, list) else given, return_tensors="pt")
+        values = said["pixel_values_videos"] if "pixel_values_videos" in said else said["pixel_values"]
+        outputs[family] = values.reshape(-1, 3, 56, 56)[0].permute(1, 2, 0)
+        told = json.loads(processor.to_json_string())
+        keep = (
+            "image_processor_type", "video_processor_type", "size", "crop_size", "do_center_crop", "do_resize", "do_rescale",
+            "do_normalize", "rescale_factor", "offset", "image_mean", "image_std",
+        )  # fmt: skip
+        files[family] = {key: told[key] for key in keep if told.get(key) is not None}
+    return Made(config=files, outputs=outputs)
 
 
 @reference
