@@ -214,7 +214,7 @@ def test_bad_folders(published, tmp_path, capsys):
     short = copy("short")
     (short / "model.safetensors").write_bytes((published / "model.safetensors").read_bytes()[:3000])
     for folder, message in (
-        (unknown, "did you mean 'videomae'"),
+        (unknown, "is no family known here; known: "),
         (wide, "fit"),
         (deep, "no tensor 'videomae.encoder.layer.2"),
         (pickled, "pytorch_model.bin is a pickle"),

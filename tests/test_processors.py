@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from safetensors.numpy import load_file, save_file
 
 from vmm.convert import convert
 from vmm.data import media
 from vmm.data.reading.sound import filled_up
 from vmm.data.text import load_tokenizer, padding_id, train_tokenizer
 from vmm.encoders.frontends import FRONTENDS
+from vmm.errors import UserError
 from vmm.objectives import OBJECTIVES
 from vmm.weights.families import FAMILIES
 from vmm.weights.published import read_processor, read_published, write_processor
@@ -192,3 +194,60 @@ def test_targets_of_pixels_are_the_familys():
     np.testing.assert_allclose(normed._target(jnp.asarray(values)), normal, rtol=1e-4, atol=1e-5)
     for objective, prediction in ((plain, values[0] / 255), (standard, want[0])):
         np.testing.assert_allclose(objective.restored(values[0], prediction), values[0] / 127.5 - 1, atol=1e-5)
+
+
+def spoil(folder, change) -> None:
+    """Changes a published folder's config and tensors: change(config, tensors)."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _quantize(config, tensors):
+    name = next(name for name in tensors if name.endswith("query.weight"))
+    tensors[name] = (tensors[name] * 10).astype(np.int8)
+
+
+def _not_a_number(config, tensors):
+    next(value for name, value in tensors.items() if name.endswith("query.weight")).flat[3] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_quantize, "query.weight is of int8: quantized weights are not read"),
+        (_not_a_number, "query.weight holds values that are not finite"),
+        (lambda config, _: config.update(num_hidden_layers=1), "tells of fewer layers than the weights"),
+        (lambda config, _: config.update(num_hidden_layers=-1), "num_hidden_layers: expected a whole number of at least 0"),
+        (lambda config, _: config.update(num_hidden_layers=9), "has no tensor"),
+        (lambda config, _: config.update(hidden_size="32"), "hidden_size: expected a whole number of at least 1, got '32'"),
+        (lambda config, _: config.update(num_attention_heads=0), "num_attention_heads: expected a whole number"),
+        (lambda config, _: config.update(tubelet_size=["2", 8, 8]), "tubelet_size: expected a whole number"),
+        (lambda config, _: config.update(hidden_act=3), "config.json"),
+        (lambda config, _: config.update(layer_norm_eps="small"), "layer_norm_eps: expected a number, got 'small'"),
+        (lambda config, _: config.update(model_type="clap"), "'clap' is no family known here; known: audio-spec"),
+        (lambda config, _: config.update(id2label=["a"]), "id2label: expected number → name"),
+    ],
+)  # fmt: skip
+def test_broken_weights_are_one_line_and_leave_nothing(tmp_path, change, said: str):
+    theirs = references.read("vivit").publish(tmp_path / "theirs")
+    spoil(theirs, change)
+    with pytest.raises(UserError) as error:
+        convert(theirs, tmp_path / "out")
+    assert said in str(error.value) and "\n" not in str(error.value) and "did you mean" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_export_takes_its_empty_folder_away(tmp_path):
+    theirs = references.read("vivit").publish(tmp_path / "theirs")
+    with pytest.raises(UserError, match="--to vit"):
+        convert(theirs, tmp_path / "out", to="vit")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="--to vit"):
+        convert(theirs, tmp_path / "mine", to="vit")
+    assert (tmp_path / "mine").is_dir()  # one that was there stays
+    with pytest.raises(UserError, match="--to clap: no such family; known: audio"):
+        convert(theirs, tmp_path / "out", to="clap")

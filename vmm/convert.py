@@ -11,12 +11,13 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import vmm
 from vmm.build import build, class_of, differences, plain, write_text
 from vmm.encoders import ENCODERS
-from vmm.errors import StorageError, UserError, one_of
+from vmm.errors import StorageError, UserError
 from vmm.experiment import Experiment
 from vmm.fusion import FUSIONS
 from vmm.layers import Block
@@ -45,9 +46,10 @@ def convert(source: str | Path, out: str | Path, to: str | None = None) -> Path:
     """
     out, opened = Path(out), open_source(source)
     if to is not None and to not in FAMILIES:
-        raise UserError(f"--to {to}: no such family; {one_of(to, FAMILIES)}")
+        raise UserError(f"--to {to}: no such family; known: {', '.join(sorted(FAMILIES))}")
     if out.exists() and Path(source).is_dir() and out.samefile(source):
         raise UserError(f"convert: {out} is the source itself; choose another folder")
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = _to_vmm(opened, out, source) if to is None else _to_family(opened, out, to)
@@ -58,6 +60,10 @@ def convert(source: str | Path, out: str | Path, to: str | None = None) -> Path:
                     shutil.copyfile(beside, out / name)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}: {error.filename})") from None
+    except UserError:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+        raise
     show(written, f"{source} → {out}")
     return out
 
@@ -178,14 +184,14 @@ def warm_start(state: State, experiment: Experiment, init_from: str | Mapping[st
 
 def show(report: Report, title: str) -> None:
     """Prints what became of the tensors: counts, and names where something is not as it was."""
-    table = Table("what", "tensors", title=title, title_justify="left")
+    table = Table("what", "tensors", title=escape(title), title_justify="left")
     table.add_column("which", overflow="fold")
     table.add_row("loaded", str(len(report.loaded)), "")
     for what, items in (("resampled", report.resampled), ("mismatched, not loaded", report.mismatched)):
         if items:
-            table.add_row(what, str(len(items)), "\n".join(f"{name} {told}" for name, told in items[:8]))
+            table.add_row(what, str(len(items)), escape("\n".join(f"{name} {told}" for name, told in items[:8])))
     for what, names in (("left in the source", report.left), ("kept as initialised", report.missing)):
         if names:
             more = [f"… and {len(names) - 8} more"] if len(names) > 8 else []
-            table.add_row(what, str(len(names)), "\n".join([*names[:8], *more]))
+            table.add_row(what, str(len(names)), escape("\n".join([*names[:8], *more])))
     Console().print(table)

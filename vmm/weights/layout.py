@@ -4,6 +4,7 @@ Ours are parameter paths with dots, loops of layers written out (`layer_0`, `lay
 published file. A rule turns some tensors of theirs into some of ours, and back.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -184,11 +185,26 @@ def block(theirs: Mapping[str, str], ours: str, width: int, heads: int, biases: 
     ]
 
 
+def check_values(value: np.ndarray, where: str) -> None:
+    """Raises UserError: whole numbers, which quantized weights are without their scales, or values that are not finite."""
+    if not np.issubdtype(np.asarray(value).dtype, np.inexact) and value.dtype.name not in ("bfloat16", "float16"):
+        raise UserError(f"{where} is of {value.dtype}: quantized weights are not read; give the model in floats")
+    if not np.isfinite(np.asarray(value, np.float32)).all():
+        raise UserError(f"{where} holds values that are not finite; the file is broken")
+
+
+def beyond(rules: Iterable[Rule], left: Iterable[str]) -> str | None:
+    """Returns the first tensor that is left over and is of a further layer of those that are read; None: none is."""
+    known = {re.sub(r"\d+", "#", name) for rule in rules for name in rule.theirs if re.search(r"\d", name)}
+    return next((name for name in left if re.sub(r"\d+", "#", name) in known), None)
+
+
 def load(rules: Iterable[Rule], theirs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns (our tensors in float32, the names of theirs that no rule reads).
 
     Raises:
-      UserError: a tensor that a rule reads is not there, or has a shape that does not go together with the config.
+      UserError: a tensor that a rule reads is not there, is quantized or not finite, or has a shape that does not go
+        together with the config.
     """
     ours, left = {}, set(theirs)
     for rule in rules:
@@ -196,6 +212,8 @@ def load(rules: Iterable[Rule], theirs: Mapping[str, np.ndarray]) -> tuple[dict[
         if missing:
             raise UserError(f"weights: the file has no tensor {missing[0]!r}, which its config.json asks for")
         left -= set(rule.theirs)
+        for name in rule.theirs:
+            check_values(theirs[name], f"weights: {name}")
         try:
             arrays = rule.load(*(np.asarray(theirs[name], np.float32) for name in rule.theirs))
         except ValueError as error:

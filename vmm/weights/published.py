@@ -1,6 +1,7 @@
 """Folders of published models, read and written: config.json beside safetensors, in the layout of a family."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from vmm.build import write_text
-from vmm.errors import UserError, one_of
+from vmm.errors import UserError
 from vmm.foreign import parse_json
 from vmm.sizes import check_claims
 from vmm.weights.families import FAMILIES, videoprism
-from vmm.weights.layout import load, save
+from vmm.weights.layout import beyond, load, save
 from vmm.weights.tensors import load_tensors, save_arrays
 
 _PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -153,6 +154,26 @@ def write_processor(folder: Path, family: str, encoder: Mapping, clip: Mapping) 
     write_text(folder / _PROCESSORS["video_processor_type" in known], json.dumps(pixels, indent=2) + "\n")
 
 
+_SIZE = re.compile(
+    r"(^|_)(size|heads|layers|dim|frames|stride|bins|channels|depth|frames_per_clip|position_embeddings)$"
+)
+
+
+def check_sizes(config: Mapping, where: str) -> None:
+    """Raises UserError: a size in a config.json, of a group in it too, that is no whole number of at least 1."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if key.endswith("_config"):
+                check_sizes(value, f"{where}: {key}")
+        elif _SIZE.search(key) and value is not None:
+            least = 0 if key.endswith("layers") else 1  # Whisper's encoder may stand without its decoder
+            for size in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(size, bool) or not isinstance(size, int) or size < least:
+                    raise UserError(f"{where}: {key}: expected a whole number of at least {least}, got {value!r}")
+        elif key.endswith(("_eps", "_ratio")) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{where}: {key}: expected a number, got {value!r}")
+
+
 def read_published(folder: str | Path) -> Imported:
     """Reads a folder in a family's layout as a model of ours.
 
@@ -169,25 +190,32 @@ def read_published(folder: str | Path) -> Imported:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
-            f"{folder / 'config.json'}: model_type {kind!r} is no family known here; {one_of(kind, FAMILIES)}"
+            f"{folder / 'config.json'}: model_type {kind!r} is no family known here; known: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[kind]
     theirs = read_tensors(folder) if theirs is None else theirs
     if family.PREFIX and not any(name.startswith(family.PREFIX) for name in theirs):
         theirs = {family.PREFIX + name: value for name, value in theirs.items()}
     parts = family.parts(theirs)
+    check_sizes(config, str(folder / "config.json"))
     try:
         model = family.describe(config, parts)
         check_claims(model, [value.shape for value in theirs.values()], (), str(folder / "config.json"))
         rules = family.rules(config, parts)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: has no {error}, which {kind} needs") from None
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder / 'config.json'}: is not the config of a {kind} model ({error})") from None
     for name in _PROCESSORS if "video" in model["trunk"]["encoders"] else ():
         if (folder / name).is_file():
             pixels, clip = read_processor(folder / name)
             model["trunk"]["encoders"]["video"] |= pixels
             model["clip"] |= clip
     tensors, left = load(rules, theirs)
+    if more := beyond(rules, left):
+        raise UserError(
+            f"{folder / 'config.json'}: tells of fewer layers than the weights beside it have ({more} is left over)"
+        )
     tokenizer = folder / "tokenizer.json"
     return Imported(kind, model, tensors, left, tokenizer if tokenizer.is_file() else None)
 

@@ -44,7 +44,7 @@ def parameter_tree(tensors: Mapping[str, np.ndarray], shapes: Mapping, where: st
       tensors: parameter path with dots → array. shapes: the model's tree of arrays or shapes. where: their file.
 
     Raises:
-      UserError: names, shapes or dtypes differ (which, by name).
+      UserError: names, shapes or dtypes differ (which, by name), or a value is not finite.
     """
     wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in flatten_dict(shapes, sep=".").items()}
     there = {name: (value.shape, value.dtype) for name, value in tensors.items()}
@@ -55,4 +55,9 @@ def parameter_tree(tensors: Mapping[str, np.ndarray], shapes: Mapping, where: st
             f"weights {where}: {len(wrong)} tensors do not fit the config, the first {name}: "
             f"file {there.get(name, 'lacks it')}, model {wanted.get(name, 'lacks it')}"
         )
+    broken = next(
+        (name for name, value in tensors.items() if not np.isfinite(np.asarray(value, np.float32)).all()), None
+    )
+    if broken is not None:
+        raise UserError(f"weights {where}: {broken} holds values that are not finite; the file is broken")
     return unflatten_dict(dict(tensors), sep=".")
