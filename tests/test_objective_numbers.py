@@ -410,7 +410,7 @@ def test_matching_without_a_view_that_swaps_is_an_error():
         ({"of": "other"}, "views.mixed.of: no view 'other'"),
         ({"swap": "audio"}, "views.mixed: a view of another has"),
         ({"by": 1}, "views.mixed: a view of another has"),
-        ({"hard": "match"}, "views.mixed.hard: no contrastive objective 'match' of 'text'"),
+        ({"hard": "match"}, "views.mixed.hard: no objective 'match' that embeds 'text'"),
     ):
         with pytest.raises(UserError, match=words):
             recipe_of(dict(clean={}, mixed=MIXED | change), contrast=CONTRAST, match=dict(kind="matching"))

@@ -195,7 +195,7 @@ class Recipe(nn.Module):
             )
         known = [key for key in by_capability(self.objective, Embeds) if name in self.objective[key].modalities]
         if hard is not None and hard not in known:
-            raise UserError(f"views.{view}.hard: no objective {hard!r} that embeds of {name!r}; {one_of(hard, known)}")
+            raise UserError(f"views.{view}.hard: no objective {hard!r} that embeds {name!r}; {one_of(hard, known)}")
 
     def patches(self, batch: Batch) -> dict:
         """Returns modality → Patches of a batch."""
