@@ -48,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, as optim.learning_rate=3e-4"
     )
 
+    config = commands.add_parser(
+        "config", help="a config with its defaults filled in; how two differ; what a key means"
+    )
+    config.add_argument("config", nargs="?", help="as of vmm train; also the config.json of a run")
+    config.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as of vmm train")
+    config.add_argument("--explain", metavar="KEY", help="its type, default and meaning, as optim.ema")
+    config.add_argument("--diff", metavar="OTHER", help="a second config: what differs from the first")
+
     verify = commands.add_parser("verify-resume", help="kill a short run of a config, resume it, and compare")
     verify.add_argument("config", help="configs/NAME.py, optionally NAME.py:VARIANT")
     verify.add_argument(
@@ -202,6 +210,8 @@ def _run(args) -> int | None:
         from vmm.verify import verify_resume
 
         return int(not verify_resume(config, args.steps, args.folder))
+    elif args.command == "config":
+        _config(args)
     elif args.command == "supervise":
         from vmm.supervise import supervise
 
@@ -268,6 +278,22 @@ def _train(args) -> None:
 
     with distributed.joined():
         train(load_config(args.config, args.overrides), args.workdir, began=args.began)
+
+
+def _config(args) -> None:
+    from vmm.build import load_config
+    from vmm.errors import UserError
+    from vmm.show_config import compared, explain, lines_of, resolved
+
+    if args.explain:
+        print(explain(args.explain, load_config(args.config, args.overrides) if args.config else None))
+    elif args.config is None:
+        raise UserError("config: give a config, as `vmm config configs/demo.py`; or --explain KEY")
+    elif args.diff:
+        print("\n".join(compared(args.config, args.diff)) or "the same")
+    else:
+        given = load_config(args.config, args.overrides)
+        print("\n".join(lines_of(resolved(args.config, args.overrides), given)))
 
 
 def _average(args) -> None:
@@ -345,7 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stray = [
             item
             for item in rest
-            if item.startswith("-") or args.command not in ("train", "plan", "verify-resume", "supervise", "sweep")
+            if item.startswith("-")
+            or args.command not in ("train", "plan", "config", "verify-resume", "supervise", "sweep")
         ]
         if stray:
             _parser().error(f"unrecognized arguments: {' '.join(stray)}")

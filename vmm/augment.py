@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, UInt8
 
+from vmm.settings import setting
 from vmm.types import Batch, Mixed, Patches
 
 # Brightness of red, green, blue, and two axes of colour: YIQ.
@@ -24,40 +25,35 @@ _CUTMIX, _EITHER = range(8, 10)  # MixUp draws from one stream a modality
 
 @dataclasses.dataclass(frozen=True)
 class SpecAugment:
-    """Bands of the log-mel spectrogram that are set to its mean (Park et al. 2019).
+    """Bands of the log-mel spectrogram that are set to its mean (Park et al. 2019); a width is uniform from 0."""
 
-    time_masks, mel_masks: how many of each. time_width: frames, mel_width: bins, at most; a width is uniform from 0.
-    """
-
-    time_masks: int = 2
-    time_width: int = 40
-    mel_masks: int = 2
-    mel_width: int = 24
+    time_masks: int = setting(2, "Bands of time.")
+    time_width: int = setting(40, "Frames of one, at most.")
+    mel_masks: int = setting(2, "Bands of frequency.")
+    mel_width: int = setting(24, "Bins of one, at most.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MixUp:
-    """Samples mixed with others of the batch, and their labels too (Zhang et al. 2018).
+    """Samples mixed with others of the batch, and their labels too (Zhang et al. 2018)."""
 
-    alpha: shares are drawn from Beta(alpha, alpha), one a sample. modalities: those mixed; of "video", "audio".
-    together: one partner and share for all modalities (mixed across them); else each modality has its own (within).
-    """
-
-    alpha: float = 0.8
-    modalities: tuple[str, ...] = ("video", "audio")
-    together: bool = True
+    alpha: float = setting(0.8, "Shares are drawn from Beta(alpha, alpha), one a sample.")
+    modalities: tuple[str, ...] = setting(("video", "audio"), "Those mixed; of video and audio.")
+    together: bool = setting(
+        True,
+        "One partner and share for all modalities (mixed across them); else each has its own (within).",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CutMix:
-    """A box of another sample's video in the place of the own, and its label by the share of pixels (Yun et al. 2019).
+    """A box of another sample's video in the place of the own, and its label by the share of pixels (Yun et al. 2019)."""
 
-    alpha: the share of the box, before the clip's edges cut it, is drawn from Beta(alpha, alpha), one a sample.
-    time: the box ends in time too; else it is the same in all frames.
-    """
-
-    alpha: float = 1.0
-    time: bool = False
+    alpha: float = setting(
+        1.0,
+        "The share of the box, before the clip's edges cut it, is drawn from Beta(alpha, alpha), one a sample.",
+    )
+    time: bool = setting(False, "The box ends in time too; else it is the same in all frames.")
 
 
 def draw(keys: Array, stream: int, shape: tuple = (), low: float = 0.0, high: float = 1.0) -> Array:

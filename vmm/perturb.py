@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vmm.errors import UserError, one_of
+from vmm.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +17,16 @@ class Adversary:
 
     Changed are the encoded streams, what the fusion is given: encoders run once, fusion and heads again, once more for
     each step, and both gradients reach every encoder.
-
-    epsilon: norm of δ, for each sample and stream; one of N normed tokens of width D has itself about √(N D), so a share s
-    of it is s √(N D). steps: of ascent. modalities: streams that are changed, (): all.
     """
 
-    epsilon: float = 1.0
-    steps: int = 1
-    weight: float = 1.0
-    modalities: tuple[str, ...] = ()
+    epsilon: float = setting(
+        1.0,
+        "Norm of δ, for each sample and stream; one of N normed tokens of width D has itself about √(N D), so "
+        "a share s of it is s √(N D).",
+    )
+    steps: int = setting(1, "Steps of ascent.")
+    weight: float = setting(1.0, "Of the added loss.")
+    modalities: tuple[str, ...] = setting((), "Streams that are changed; (): all.")
 
 
 def check(adversary: Adversary, encoders: Mapping, accumulate: int) -> None:

@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vmm.errors import UserError
+from vmm.settings import setting
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -49,17 +50,16 @@ def named(init, names: tuple):
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; -1 once takes what is left.
+    """Devices along each mesh axis; -1 once takes what is left."""
 
-    data: copies of the parameters. fsdp: shards of the parameters, also splitting the batch (Zhao et al. 2023).
-    tensor: shards of heads and hidden units (Shoeybi et al. 2019). sequence: shards of the tokens of a clip, whose keys and
-    values are gathered for attention (context parallelism, Dubey et al. 2024, sec. 3.3.2).
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: int = setting(-1, "Copies of the parameters.")
+    fsdp: int = setting(1, "Shards of the parameters, which also split the batch (Zhao et al. 2023).")
+    tensor: int = setting(1, "Shards of heads and hidden units (Shoeybi et al. 2019).")
+    sequence: int = setting(
+        1,
+        "Shards of the tokens of a clip, whose keys and values are gathered for attention (context "
+        "parallelism, Dubey et al. 2024, sec. 3.3.2).",
+    )
 
 
 def slices_of(devices: list) -> int:

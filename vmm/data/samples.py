@@ -51,26 +51,32 @@ class Clip:
 class Augment:
     """Randomness of training samples. All off: the middle window, the middle square, the first caption.
 
-    window: draw the window's place in a longer clip. area, aspect: random resized crop (Szegedy et al. 2015), the same
-    in all frames: ranges of the share of the picture kept, uniform, and of its width to height, log-uniform; area
-    (1, 1): the largest square, in the middle. flip: mirror half of the clips. caption: draw among the
-    phrasings. drop: probability with which each stream is withheld (never the last one), one for all or modality → its
-    own, those not named 0.
-
-    On the device: see vmm/augment.py for colour, gain, spectrogram, mixup, cutmix.
+    colour, gain, spectrogram, mixup and cutmix happen on the device: see vmm/augment.py.
     """
 
-    window: bool = True
-    area: tuple[float, float] = (1.0, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = False
-    caption: bool = True
-    drop: float | Mapping = 0.0
-    colour: float = 0.0
-    gain: float = 0.0
-    spectrogram: Mapping = setting({}, group="vmm.augment:SpecAugment", optional=True)
-    mixup: Mapping = setting({}, group="vmm.augment:MixUp", optional=True)
-    cutmix: Mapping = setting({}, group="vmm.augment:CutMix", optional=True)
+    window: bool = setting(True, "Draw the window's place in a longer clip.")
+    area: tuple[float, float] = setting(
+        (1.0, 1.0),
+        "Random resized crop (Szegedy et al. 2015), the same in all frames: range of the share of the picture "
+        "kept, uniform; (1, 1): the largest square, in the middle.",
+    )
+    aspect: tuple[float, float] = setting((3 / 4, 4 / 3), "Range of the crop's width to its height, log-uniform.")
+    flip: bool = setting(False, "Mirror half of the clips.")
+    caption: bool = setting(True, "Draw among the phrasings.")
+    drop: float | Mapping = setting(
+        0.0,
+        "Probability with which each stream is withheld (never the last one): one for all, or modality to its own.",
+    )
+    colour: float = setting(0.0, "Strength of the change of colour; 0: none.")
+    gain: float = setting(0.0, "Sound is made louder or softer by up to so many decibels.")
+    spectrogram: Mapping = setting(
+        {},
+        "Bands of the spectrogram that are hidden.",
+        group="vmm.augment:SpecAugment",
+        optional=True,
+    )
+    mixup: Mapping = setting({}, "Samples mixed with others.", group="vmm.augment:MixUp", optional=True)
+    cutmix: Mapping = setting({}, "Boxes of other samples.", group="vmm.augment:CutMix", optional=True)
 
     def __post_init__(self):
         for name in ("area", "aspect"):
@@ -87,15 +93,15 @@ class Augment:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationViews:
-    """Views of each clip whose predictions an evaluation averages (Feichtenhofer et al. 2019).
+    """Views of each clip whose predictions an evaluation averages (Feichtenhofer et al. 2019)."""
 
-    clips: windows, evenly over the clip's length. crops: squares, evenly along the longer side. stride: seconds from one
-    window to the next, in place of `clips`: as many as a long video has, the last one at its end.
-    """
-
-    clips: int = 1
-    crops: int = 1
-    stride: float = 0.0
+    clips: int = setting(1, "Windows, evenly over the clip's length.")
+    crops: int = setting(1, "Squares, evenly along the longer side.")
+    stride: float = setting(
+        0.0,
+        "Seconds from one window to the next, in place of `clips`: as many as a long video has, the last one "
+        "at its end.",
+    )
 
     def __post_init__(self):
         if self.clips < 1 or self.crops < 1:

@@ -8,23 +8,24 @@ from pathlib import Path
 
 from vmm.build import write_text
 from vmm.errors import UserError, one_of
+from vmm.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Early:
     """When a run ends before its last step (Prechelt 1998).
 
-    metric: a number of the config's `evals`, as "evaluator/row/column" in evals.jsonl; "": a run ends at its last step.
-    Its evaluator should read a manifest that nothing else is reported on. mode: "max" or "min", which is better.
-    patience: evaluations in a row without improvement after which the run ends. min_delta: what is an improvement is by
-    more than this. every: steps between evaluations, each with a checkpoint; 0: save_every.
+    The evaluator that is watched should read a manifest that nothing else is reported on.
     """
 
-    metric: str = ""
-    mode: str = "max"
-    patience: int = 3
-    min_delta: float = 0.0
-    every: int = 0
+    metric: str = setting(
+        "",
+        'A number of the config\'s evals, as "evaluator/row/column" in evals.jsonl; "": a run ends at its last step.',
+    )
+    mode: str = setting("max", "max or min, which is better.")
+    patience: int = setting(3, "Evaluations in a row without improvement after which the run ends.")
+    min_delta: float = setting(0.0, "An improvement is by more than this.")
+    every: int = setting(0, "Steps between evaluations, each with a checkpoint; 0: save_every.")
 
     def __post_init__(self):
         if self.mode not in ("max", "min"):

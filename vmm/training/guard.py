@@ -19,23 +19,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vmm.build import write_text
 from vmm.errors import NumericError, StorageError, UserError
+from vmm.settings import setting
 from vmm.training.optim import path_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """When a step is skipped, and what follows.
+    """When a step is skipped, and what follows."""
 
-    spike: how far above the median of the last `window` steps a loss or a gradient norm may be, in robust deviations
-    (see `above`), 0: wherever it is finite. history: steps that the median is of before it counts.
-    patience: steps skipped in a row that end in a rollback. rollbacks: how many a run may have before it stops.
-    """
-
-    spike: float = 0.0
-    window: int = 128
-    history: int = 32
-    patience: int = 3
-    rollbacks: int = 3
+    spike: float = setting(
+        0.0,
+        "How far above the median of the last `window` steps a loss or a gradient norm may be, in robust "
+        "deviations (see `above`); 0: any finite one.",
+    )
+    window: int = setting(128, "Steps that the median is of.")
+    history: int = setting(32, "Steps that the median is of before it counts.")
+    patience: int = setting(3, "Steps skipped in a row that end in a rollback.")
+    rollbacks: int = setting(3, "Rollbacks that a run may have before it stops.")
 
 
 def check_guard(guard: Guard) -> None:

@@ -10,6 +10,7 @@ import optax
 
 from vmm.errors import UserError, one_of
 from vmm.rules import first_matches
+from vmm.settings import setting
 from vmm.training.depth import layer_rates
 
 Rules = tuple[tuple[str, float], ...]
@@ -19,39 +20,44 @@ Rules = tuple[tuple[str, float], ...]
 class Optim:
     """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018) as ViT-G is trained by (Zhai et al. 2022).
 
-    kind: "adamw" or "adafactor": the second moment of a matrix is a row and a column, each update is clipped to a root mean
-    square of 1 (eq. 8), and the first moment is of what comes out.
-    moments: "float32" or "bfloat16", what the first moment is kept in; the second stays float32, where a decay above 0.996
-    would never move a bfloat16 number. offload: moments lie in the host's memory between steps (GPU and TPU).
-    learning_rate: peak. warmup: steps of linear rise from 0; then a cosine to
-    `final` · learning_rate at the last step. clip: largest global norm of the gradient, 0: off.
-    ema: decay of the running average of parameters, 0: none. ema_end: it changes evenly to this by the last step (the
-    teacher's in V-JEPA, 0.998 to 1), 0: it stays.
-    accumulate: parts a batch is computed in (memory for time; the result is the same).
-    layer_decay: each layer's rate is this times that of the layer above it, see depth.layer_rates; 1: all the same.
-    rate_rules, decay_rules: ordered (regex, multiplier) over parameter paths ("model/encoder_video/
-    embed/kernel"); the first that matches counts, and every parameter must match one. A rate
-    multiplier of 0 freezes: no gradient, no decay, no moments. Bias-only tuning (BitFit, Ben Zaken et al. 2022) is
-    rate_rules=((".*/bias", 1.0), ("objective_.*", 1.0), (".*", 0.0)).
+    Bias-only tuning (BitFit, Ben Zaken et al. 2022) is rate_rules=((".*/bias", 1.0), ("objective_.*", 1.0), (".*", 0.0)).
     """
 
-    kind: str = "adamw"
-    moments: str = "float32"
-    offload: bool = False
-    learning_rate: float = 1e-3
-    warmup: int = 0
-    final: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    ema: float = 0.0
-    ema_end: float = 0.0
-    accumulate: int = 1
-    layer_decay: float = 1.0
-    rate_rules: Rules = ((".*", 1.0),)
-    decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))
+    kind: str = setting(
+        "adamw",
+        "adamw or adafactor: the second moment of a matrix is a row and a column, each update is clipped to a "
+        "root mean square of 1 (eq. 8), and the first moment is of what comes out.",
+    )
+    moments: str = setting(
+        "float32",
+        "float32 or bfloat16, what the first moment is kept in; the second stays float32: a decay above 0.996 "
+        "would never move a bfloat16 number.",
+    )
+    offload: bool = setting(False, "Moments lie in the host's memory between steps (GPU and TPU).")
+    learning_rate: float = setting(1e-3, "Peak of the schedule.")
+    warmup: int = setting(0, "Steps of linear rise from 0; a cosine follows.")
+    final: float = setting(0.0, "The rate at the last step, as a share of the peak.")
+    b1: float = setting(0.9, "Decay of the first moment.")
+    b2: float = setting(0.95, "Decay of the second moment.")
+    epsilon: float = setting(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = setting(0.05, "Decoupled weight decay, times the learning rate.")
+    clip: float = setting(1.0, "Largest global norm of the gradient; 0: not clipped.")
+    ema: float = setting(0.0, "Decay of the running average of parameters; 0: none.")
+    ema_end: float = setting(
+        0.0,
+        "The average's decay changes evenly to this by the last step (V-JEPA's teacher, 0.998 to 1); 0: it stays.",
+    )
+    accumulate: int = setting(1, "Parts a batch is computed in: memory for time, the result is the same.")
+    layer_decay: float = setting(1.0, "Each layer's rate is this times that of the layer above it; 1: all the same.")
+    rate_rules: Rules = setting(
+        ((".*", 1.0),),
+        "Ordered (regex, multiplier of the rate) over parameter paths; the first that matches counts; 0 "
+        "freezes: no gradient, no decay, no moments.",
+    )
+    decay_rules: Rules = setting(
+        ((".*/kernel", 1.0), (".*", 0.0)),
+        "Ordered (regex, multiplier of the weight decay) over parameter paths; the first that matches counts.",
+    )
 
 
 def path_of(keys: tuple) -> str:
