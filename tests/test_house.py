@@ -17,7 +17,7 @@ FLOORS = {
     "layers": 1, "losses": 1, "masking": 1, "pairing": 1, "augment": 1, "perturb": 1, "adapters": 1, "corrupt": 1, "data": 1,
     "encoders": 2, "fusion": 2, "objectives": 2, "training": 2, "evals": 2, "weights": 2,
     "model": 3, "config": 3, "experiment": 3, "run": 3,
-    "session": 4, "show_config": 4, "train": 4, "verify": 4, "supervise": 4, "evaluate": 4, "suites": 4, "compare": 4, "similar": 4, "summarise": 4, "ablate": 4, "ablation": 4, "publish": 4, "publishing": 4, "average": 4, "ensemble": 4, "teachers": 4, "source": 4, "convert": 4, "report": 4, "bench": 4, "search": 4, "planning": 4, "__main__": 4, "__init__": 4,
+    "session": 4, "show_config": 4, "testing": 4, "train": 4, "verify": 4, "supervise": 4, "evaluate": 4, "suites": 4, "compare": 4, "similar": 4, "summarise": 4, "ablate": 4, "ablation": 4, "publish": 4, "publishing": 4, "average": 4, "ensemble": 4, "teachers": 4, "source": 4, "convert": 4, "report": 4, "bench": 4, "search": 4, "planning": 4, "__main__": 4, "__init__": 4,
 }  # fmt: skip
 
 

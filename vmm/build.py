@@ -18,7 +18,7 @@ from beartype.door import is_bearable
 from vmm.errors import UserError, one_of
 from vmm.foreign import parse_json
 from vmm.paths import is_remote, to_path
-from vmm.plugins import admit, admitted
+from vmm.plugins import Kinds, admit, admitted
 
 # An int is welcome where a float is asked for (PEP 484's numeric tower).
 _TYPES = BeartypeConf(is_pep484_tower=True)
@@ -88,14 +88,20 @@ def class_of(table: Mapping[str, type], spec: Mapping, where: str) -> type:
       UserError: there is no such kind (the line lists the kinds).
     """
     if not isinstance(spec, Mapping) or "kind" not in spec:
-        raise UserError(f"{where}.kind: missing; {one_of('', table)}")
+        raise UserError(f"{where}.kind: missing; {one_of('', names_of(table))}")
     kind = spec["kind"]
-    found = (table.get(kind) or admitted(kind)) if isinstance(kind, str) else None
+    find = table.find if isinstance(table, Kinds) else table.get
+    found = (find(kind) or admitted(kind)) if isinstance(kind, str) else None
     if found is None:
         raise UserError(
-            f'{where}.kind: unknown kind {shown(kind)}; {one_of(kind, table)}; or one of yours: "package.module:Class"'
+            f'{where}.kind: unknown kind {shown(kind)}; {one_of(kind, names_of(table))}; or one of yours: "package.module:Class"'
         )
     return found
+
+
+def names_of(table: Mapping) -> list[str]:
+    """Returns the kinds of a table, of installed packages too."""
+    return table.names() if isinstance(table, Kinds) else sorted(table)
 
 
 def plain(value):

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from vmm.build import make
+from vmm.build import build
 from vmm.errors import UserError
+from vmm.plugins import Kinds
 from vmm.types import Mask
 
 _ROUNDING = 1e-4
@@ -179,14 +180,17 @@ class Frames:
         return _choose(jnp.repeat(score, area), valid, hide, (steps - count) * area)
 
 
-MASKS: dict[str, type] = {
-    "tube": Tube,
-    "block": Block,
-    "multiblock": MultiBlock,
-    "span": Span,
-    "frames": Frames,
-    "random": Random,
-}
+MASKS = Kinds(
+    "masks",
+    {
+        "tube": Tube,
+        "block": Block,
+        "multiblock": MultiBlock,
+        "span": Span,
+        "frames": Frames,
+        "random": Random,
+    },
+)
 
 
 def sample(
@@ -209,7 +213,7 @@ def sample(
     Raises:
       UserError: the ratio is above 1 or leaves nothing hidden, or the mask has no such field.
     """
-    mask = make(MASKS[kind], {"ratio": ratio, **fields}, where)
+    mask = build(MASKS, {"kind": kind, "ratio": ratio, **fields}, where)
     result = jax.vmap(lambda key, valid: mask(key, valid, grid))(keys, valid)
     if not 0 < ratio <= 1 or not result.hidden.shape[1]:
         raise UserError(f"views: mask {kind!r} of ratio {ratio} on {grid} tokens must hide some, and at most all")

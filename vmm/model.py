@@ -157,9 +157,11 @@ class Recipe(nn.Module):
                 if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
                     raise UserError(f"views.{view}.{key}.ratio: a share in [0, 1], got {shown(ratio)}")
                 self._check_noise(f"views.{view}.{key}.noise", key, value.get("noise", 0.0))
-                if "kind" in value and (not isinstance(value["kind"], str) or value["kind"] not in masking.MASKS):
+                if "kind" in value and (
+                    not isinstance(value["kind"], str) or masking.MASKS.find(value["kind"]) is None
+                ):
                     raise UserError(
-                        f"views.{view}.{key}.kind: unknown mask {shown(value['kind'])}; {one_of(value['kind'], masking.MASKS)}"
+                        f"views.{view}.{key}.kind: unknown mask {shown(value['kind'])}; {one_of(value['kind'], masking.MASKS.names())}"
                     )
         for name, objective in self.objective.items():
             if name in TOLD:

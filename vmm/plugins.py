@@ -5,7 +5,9 @@ not name. What may be imported is imported once, by `admit`; building only looks
 """
 
 import dataclasses
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -16,6 +18,51 @@ from vmm.errors import UserError
 
 VARIABLE = "VMM_PLUGINS"
 _ADMITTED: dict[str, type] = {}
+
+
+class Kinds(dict):
+    """kind → class (of sources: function). Beside what vmm has itself, kinds of installed packages, which declare them as
+    entry points of the group "vmm.<group>": `my_fusion = "my_package.fusion:MyFusion"`.
+
+    A name of vmm's own always means vmm's own.
+    """
+
+    def __init__(self, group: str, own: Mapping):
+        super().__init__(own)
+        self.group = f"vmm.{group}"
+
+    @functools.cached_property
+    def _installed(self) -> dict[str, list]:
+        found: dict[str, list] = {}
+        for point in importlib.metadata.entry_points(group=self.group):
+            found.setdefault(point.name, []).append(point)
+        return found
+
+    def names(self) -> list[str]:
+        """Returns every kind, of installed packages too."""
+        return sorted({*self, *self._installed})
+
+    def find(self, kind: str):
+        """Returns what a kind names, imported where a package declares it; None: there is no such kind.
+
+        Raises:
+          UserError: two packages declare it, or its package cannot be imported.
+        """
+        if kind in self or kind not in self._installed:
+            return self.get(kind)
+        points = self._installed[kind]
+        if len({point.value for point in points}) > 1:
+            places = ", ".join(sorted(point.value for point in points))
+            raise UserError(
+                f"kind {kind!r}: two installed packages declare it in {self.group} ({places}); take one out"
+            )
+        try:
+            return points[0].load()
+        except Exception as error:  # whatever a module does while it is imported
+            raise UserError(
+                f"kind {kind!r}: {points[0].value}, declared in {self.group}, cannot be imported ({type(error).__name__}: "
+                f"{error})"
+            ) from None
 
 
 def modules(config) -> list[str]:

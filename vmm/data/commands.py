@@ -189,13 +189,13 @@ def _sources(args) -> None:
     from vmm.errors import UserError, one_of
 
     if args.name is None:
-        for name, source in SOURCES.items():
+        for name, source in ((name, SOURCES.find(name)) for name in SOURCES.names()):
             print(f"{name:24}{inspect.getdoc(source).splitlines()[0]}")
         print('Media that a dataset names and you lack are left out as "missing"; --budget says how many may be.')
-    elif args.name not in SOURCES:
-        raise UserError(f"no source {args.name!r}: {one_of(args.name, SOURCES)}")
+    elif SOURCES.find(args.name) is None:
+        raise UserError(f"no source {args.name!r}: {one_of(args.name, SOURCES.names())}")
     else:
-        print(f"vmm data build SOURCE OUT --kind {args.name}\n\n{inspect.getdoc(SOURCES[args.name])}")
+        print(f"vmm data build SOURCE OUT --kind {args.name}\n\n{inspect.getdoc(SOURCES.find(args.name))}")
 
 
 def _check(args) -> None:

@@ -12,5 +12,6 @@ not valid changes no other token. `dtype` is what the encoder computes in.
 from vmm.encoders.audio import AudioEncoder
 from vmm.encoders.text import TextEncoder
 from vmm.encoders.video import VideoEncoder
+from vmm.plugins import Kinds
 
-ENCODERS = {"video": VideoEncoder, "audio": AudioEncoder, "text": TextEncoder}
+ENCODERS = Kinds("encoders", {"video": VideoEncoder, "audio": AudioEncoder, "text": TextEncoder})

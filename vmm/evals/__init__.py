@@ -22,21 +22,25 @@ from vmm.evals.similar import Recommendation
 from vmm.evals.subtitles import Subtitles
 from vmm.evals.summary import Summary
 from vmm.evals.tagging import Tagging
+from vmm.plugins import Kinds
 
-EVALS = {
-    "retrieval": Retrieval,
-    "probe": Probe,
-    "classification": Classification,
-    "tagging": Tagging,
-    "pictures": Pictures,
-    "captions": Captions,
-    "answers": Answers,
-    "subtitles": Subtitles,
-    "localisation": Localisation,
-    "regression": Regression,
-    "identity": Identity,
-    "zero_shot": ZeroShot,
-    "few_shot": FewShot,
-    "recommendation": Recommendation,
-    "summary": Summary,
-}
+EVALS = Kinds(
+    "evaluators",
+    {
+        "retrieval": Retrieval,
+        "probe": Probe,
+        "classification": Classification,
+        "tagging": Tagging,
+        "pictures": Pictures,
+        "captions": Captions,
+        "answers": Answers,
+        "subtitles": Subtitles,
+        "localisation": Localisation,
+        "regression": Regression,
+        "identity": Identity,
+        "zero_shot": ZeroShot,
+        "few_shot": FewShot,
+        "recommendation": Recommendation,
+        "summary": Summary,
+    },
+)

@@ -18,17 +18,21 @@ from vmm.fusion.mixed import Mixed
 from vmm.fusion.mutual import Mutual
 from vmm.fusion.perceiver import Perceiver
 from vmm.fusion.schedule import Schedule
+from vmm.plugins import Kinds
 
-FUSIONS = {
-    "late": Late,
-    "joint": Joint,
-    "cross": Cross,
-    "bottleneck": Bottleneck,
-    "mixed": Mixed,
-    "mutual": Mutual,
-    "gated": Gated,
-    "perceiver": Perceiver,
-    "lowrank": LowRank,
-    "experts": Experts,
-    "schedule": Schedule,
-}
+FUSIONS = Kinds(
+    "fusions",
+    {
+        "late": Late,
+        "joint": Joint,
+        "cross": Cross,
+        "bottleneck": Bottleneck,
+        "mixed": Mixed,
+        "mutual": Mutual,
+        "gated": Gated,
+        "perceiver": Perceiver,
+        "lowrank": LowRank,
+        "experts": Experts,
+        "schedule": Schedule,
+    },
+)

@@ -31,20 +31,24 @@ from vmm.objectives.moments import Moments
 from vmm.objectives.pixels import Pixels
 from vmm.objectives.regress import Regress
 from vmm.objectives.words import Words
+from vmm.plugins import Kinds
 
-OBJECTIVES = {
-    "contrastive": Contrastive,
-    "masked": Masked,
-    "classify": Classify,
-    "captioning": Captioning,
-    "align": Align,
-    "matching": Matching,
-    "latent": Latent,
-    "distill": Distill,
-    "pixels": Pixels,
-    "moments": Moments,
-    "regress": Regress,
-    "identify": Identify,
-    "localise": Localise,
-    "words": Words,
-}
+OBJECTIVES = Kinds(
+    "objectives",
+    {
+        "contrastive": Contrastive,
+        "masked": Masked,
+        "classify": Classify,
+        "captioning": Captioning,
+        "align": Align,
+        "matching": Matching,
+        "latent": Latent,
+        "distill": Distill,
+        "pixels": Pixels,
+        "moments": Moments,
+        "regress": Regress,
+        "identify": Identify,
+        "localise": Localise,
+        "words": Words,
+    },
+)
