@@ -24,6 +24,8 @@ _DELTAS = ("gif", "apng")  # every picture is drawn over the one before, whateve
 # Decoders that carry state from the beginning, or whose packets do not tell where a block begins.
 _STATEFUL = ("adpcm_yamaha", "adpcm_g722", "adpcm_g726", "adpcm_g726le", "adpcm_ct", "adpcm_sbpro_2", "adpcm_sbpro_3",
              "adpcm_sbpro_4", "g722", "g726", "g726le", "dfpwm", "truehd", "mlp", "sol_dpcm", "roq_dpcm")  # fmt: skip
+# In Ogg, whose pages tell where they end: what packets behind a seek last is not known to the demuxer.
+_UNTIMED_IN_OGG = ("flac", "speex", "libspeex")
 _TRIES = 16  # errors of reading in a row after which a file has ended
 
 
@@ -82,7 +84,7 @@ def _from_the_beginning(medium: Medium, kind: str, strict: bool) -> bool:
     if context is None:
         return True
     if kind == "audio":
-        return context.name in _STATEFUL
+        return context.name in _STATEFUL or (medium.format == "ogg" and context.name in _UNTIMED_IN_OGG)
     # A palette comes once, before the first picture.
     paletted = context.format is not None and context.format.name == "pal8"
     unindexed = strict and medium.format in (*_UNINDEXED, "avi")
