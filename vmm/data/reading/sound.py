@@ -49,6 +49,7 @@ class Mixer:
 
     def __init__(self, frame, channels: int, rate: int):
         graph = av.filter.Graph()
+        graph.threads = 1  # else each graph starts as many as there are cores: the pipeline runs in parallel over clips
         self.source = last = graph.add_abuffer(
             format=frame.format.name, sample_rate=frame.sample_rate, layout=frame.layout.name,
             time_base=Fraction(1, frame.sample_rate),
