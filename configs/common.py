@@ -1,5 +1,10 @@
 """What several configs share: the synthetic world as their dataset, the sizes of Vision Transformers, the shape of a recipe."""
 
+import functools
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
 # Label → number of classes of the world that `vmm data world` writes.
 WORLD_LABELS = dict(
     shape=6, colour=8, motion=8, pitch=8, timbre=6, rhythm=6,
@@ -116,3 +121,21 @@ def recipe(
         optim=optim,
         **groups,
     )  # fmt: skip
+
+
+def as_config(function: Callable[..., dict]) -> Callable[..., ConfigDict]:
+    """Makes of get_config(variant) → groups of keys one that returns an ml_collections.ConfigDict, to be changed by attribute."""
+
+    @functools.wraps(function)
+    def get_config(variant: str = "") -> ConfigDict:
+        return _ordered(function(variant))
+
+    return get_config
+
+
+def _ordered(group: dict) -> ConfigDict:
+    """Returns a group in the order of its keys, all the way down: streams are laid out in it."""
+    result = ConfigDict(allow_dotted_keys=True, sort_keys=False)
+    for key, value in group.items():
+        result[key] = _ordered(value) if isinstance(value, dict) else value
+    return result

@@ -12,9 +12,10 @@ sight nor sound tells alone, so that fusion has something to do. And masked mode
 (as video alone), timbre in 86 (audio alone 88).
 """
 
-from common import check, world_data, world_evals
+from common import as_config, check, world_data, world_evals
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small")
     small = variant == "small"  # the same shape of run, in seconds: for a look, and for tests

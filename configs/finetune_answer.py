@@ -6,12 +6,13 @@ question, which some questions need; both ways. `scratch`: as `dialogue`, withou
 `dialogue`, without a start. Other data: data.train, data.tokenizer, the vocabulary.
 """
 
-from common import check
+from common import as_config, check
 
 ROOT = "data/scenes"
 BASE = "runs/subtitles/published"
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "choices", "dialogue", "scratch", "small")
     small = variant == "small"

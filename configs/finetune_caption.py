@@ -7,7 +7,7 @@ of a long video, and writes .vtt and .srt files. `small` runs in seconds, withou
 with the length penalty of Wu et al. (2016). Other data: data.train, data.tokenizer, the vocabulary, the facts.
 """
 
-from common import check, world_data
+from common import as_config, check, world_data
 
 # Label → how each of its classes is named in a caption, in order; see `facts` of the evaluator.
 FACTS = dict(
@@ -20,6 +20,7 @@ FACTS = dict(
 )  # fmt: skip
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "scratch", "subtitles", "small")
     return subtitles() if variant == "subtitles" else captions(variant)

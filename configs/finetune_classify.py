@@ -7,11 +7,12 @@ as "", without a start. `small` runs in seconds, without a start too. Other data
 objective, and the encoder of the base. `vmm publish RUN FOLDER --adapters` writes adapters and head alone.
 """
 
-from common import WORLD_LABELS, check, world_data
+from common import WORLD_LABELS, as_config, check, world_data
 
 LABEL = "motion"
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "probe", "lora", "layer_decay", "scratch", "small")
     small = variant == "small"

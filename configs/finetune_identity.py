@@ -4,9 +4,10 @@ On the world, where who is seen is a pair of shape and colour, from `make demo`'
 equal error rate, rank-1). `scratch`: without a start. `small` runs in seconds, without a start too.
 """
 
-from common import check, world_data
+from common import as_config, check, world_data
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "scratch", "small")
     small = variant == "small"

@@ -5,12 +5,13 @@ tell. `small` runs in seconds. A start from pretrained encoders: init_from.video
 of data.targets.events and of the objective, the seconds of both. `evals.events.picture=FILE.png` draws what was found.
 """
 
-from common import check
+from common import as_config, check
 
 ROOT = "data/scenes"
 EVENTS = dict(classes=4, participants=12)
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small")
     small, seconds, frames = variant == "small", 8.0, 32

@@ -4,9 +4,10 @@ On `vmm data scenes data/scenes`. "": the number itself (mean error, correlation
 Zadeh et al. 2016). `small` runs in seconds. Sentiment in classes is configs/finetune_classify.py with other labels.
 """
 
-from common import check, scenes_data, scenes_trunk
+from common import as_config, check, scenes_data, scenes_trunk
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small")
     small = variant == "small"

@@ -4,9 +4,10 @@ On `vmm data scenes data/scenes`, where what is heard is worth most. Scored as T
 knapsack's summaries, and rank correlation (Otani et al. 2019). `windows`: windows of 4 s, which overlap by half in evaluation. `small` runs in seconds.
 """
 
-from common import check, scenes_data, scenes_trunk
+from common import as_config, check, scenes_data, scenes_trunk
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "windows", "small")
     small, seconds = variant == "small", 4.0 if variant == "windows" else 8.0

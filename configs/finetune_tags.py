@@ -4,11 +4,12 @@ On `vmm data scenes data/scenes`; "": from scratch, video and sound. `small` run
 encoders in the trunk. Moderation is the same with other tags: data.tags, and the labels of the objective.
 """
 
-from common import check, scenes_data, scenes_trunk
+from common import as_config, check, scenes_data, scenes_trunk
 
 TAGS = dict(shapes=6, colours=8, sounds=6)
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small")
     small = variant == "small"

@@ -5,9 +5,10 @@ The source trains ViT-B on 10 s clips of AudioSet-2M (1024 frames of 128 bins, p
 shifted windows; here the decoder attends to all, and has 8 layers. Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant)
     return recipe(

@@ -5,9 +5,10 @@ the sound hidden best, and fusion in the last layers better than from the first.
 decoder (4 layers of width 512) and the rates are ours. Variants: small, S, B, L, H.
 """
 
-from common import is_small, layers, recipe, size
+from common import as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant, "L")
     fused = max(1, whole["depth"] // 6)

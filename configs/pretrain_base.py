@@ -6,9 +6,10 @@ bfloat16, scanned and rematerialised layers, parameters sharded. `small` runs th
 on the synthetic world.
 """
 
-from common import check, world_data, world_evals
+from common import as_config, check, world_data, world_evals
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small")
     small = variant == "small"

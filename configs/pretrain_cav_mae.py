@@ -6,9 +6,10 @@ alone passes the joint layer first, by norms of its own; here streams are contra
 decoder. Variants: small, S, B, L, H.
 """
 
-from common import is_small, layers, recipe, size
+from common import as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant)
     encoder = layers(whole, whole["depth"] - 1) | dict(scan=True, remat=True)

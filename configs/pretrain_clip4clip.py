@@ -6,9 +6,10 @@ frames at one a second, averages the frames' embeddings, and fine-tunes with rat
 them all. X-CLIP's products of frames and words are not here. Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant)
     style = dict(block=dict(activation="gelu_quick", epsilon=1e-5), positions="learned", scan=True)

@@ -6,9 +6,10 @@ and half of the tokens of the video at first; temperature 0.07. Words and pictur
 24; a third of them here. Variants: small, S, B, L, H.
 """
 
-from common import is_small, layers, recipe, size
+from common import as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant)
     fused = max(1, whole["depth"] // 3)

@@ -5,9 +5,10 @@ them, and trains 50 epochs of VGGSound at batch 64 with SGD, rate 0.5, mixup of 
 streams are averaged, as there. Variants: small, S, B, L, H.
 """
 
-from common import WORLD_LABELS, is_small, layers, recipe, size
+from common import WORLD_LABELS, as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant)
     fused = max(2, whole["depth"] // 3)

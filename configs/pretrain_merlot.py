@@ -5,9 +5,10 @@ sound. 16 frames of YT-Temporal, batch 1024, AdamW, rate 3e-4, decay 0.1, b2 0.9
 frames, and its masks by attention are not here: words are hidden at random. Variants: small, S, B, L, H.
 """
 
-from common import is_small, layers, recipe, size
+from common import as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant)
     half = max(1, whole["depth"] // 2)

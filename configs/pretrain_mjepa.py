@@ -5,9 +5,10 @@ and predicts the teacher's fused tokens. Masks: blocks of the video as in V-JEPA
 al. 2023). Rates as in V-JEPA 2; the split of the depth is ours. Variants: small, S, B, L, H.
 """
 
-from common import is_small, layers, recipe, size
+from common import as_config, is_small, layers, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, whole = is_small(variant), size(variant)
     fused = max(1, whole["depth"] // 3)

@@ -5,9 +5,10 @@ The source trains image and text towers at batch 32,768 with scale 10 and bias â
 whole batch (`chunk`). Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant)
     fast = dict(block=dict(activation="gelu_tanh"), positions="learned", scan=True, remat=True)

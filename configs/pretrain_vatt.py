@@ -5,9 +5,10 @@ The source: 32 frames at 10 fps in tubelets of 4 × 16 × 16, raw waveform, capt
 spectrogram, the caption is one (no MIL), and both spaces are as wide as half of 512. Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant)
     fast = dict(scan=True, remat=True)

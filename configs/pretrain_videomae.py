@@ -4,11 +4,12 @@ The source trains 800 epochs of Kinetics-400 at batch 1024 with AdamW (0.9, 0.95
 decay 0.05, 40 epochs of warm-up; the decoder is half as wide as the encoder. Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 STYLE = dict(activation="gelu", epsilon=1e-6)
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant)
     return recipe(

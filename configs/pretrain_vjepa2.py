@@ -7,9 +7,10 @@ hidden tokens here, so blocks are filled up or cut to the `ratio`, and each kind
 predictor. Variants: small, S, B, L, H.
 """
 
-from common import is_small, recipe, size
+from common import as_config, is_small, recipe, size
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     small, encoder = is_small(variant), size(variant, "L")
     predictor = dict(

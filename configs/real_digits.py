@@ -7,7 +7,7 @@ learns the digit from labelled clips, each layer at 0.75 of the rate above it, a
 votes are averaged where both are there: evaluated on sight, on sound, and on both.
 """
 
-from common import check
+from common import as_config, check
 
 ROOT = "data/digits"
 LABELS = dict(digit=10)
@@ -15,6 +15,7 @@ SUBSETS = ("V", "A", "VA")
 AUGMENT = dict(gain=3.0, spectrogram=dict(time_width=10, mel_width=6))
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "finetune", "scratch", "quick")
     quick, labelled = variant == "quick", variant in ("finetune", "scratch")

@@ -5,9 +5,10 @@ seven before; `denoise`: all, from all under noise of 0.1 of the range; `adversa
 `pictures` scores them beside the nearest frame and the blend. `small` runs in seconds.
 """
 
-from common import WORLD_LABELS, check, world_data
+from common import WORLD_LABELS, as_config, check, world_data
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "future", "denoise", "adversary", "small")
     small = variant == "small"

@@ -4,11 +4,12 @@ Two layers of fusion, whatever its kind: a bottleneck needs two, one to write an
 is smaller and shorter.
 """
 
-from common import WORLD_LABELS, check, world_data
+from common import WORLD_LABELS, as_config, check, world_data
 
 FACTS = ("video", "audio", "either", "both", "order", "sync")
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "quick")
     quick = variant == "quick"

@@ -5,9 +5,10 @@ hidden places: each stream's own after its encoder, and both after the fusion, w
 what the features hold; `random` is the same model untrained, to hold them against; `small` runs in seconds.
 """
 
-from common import WORLD_LABELS, check, world_data
+from common import WORLD_LABELS, as_config, check, world_data
 
 
+@as_config
 def get_config(variant: str = "") -> dict:
     check(variant, "small", "random")
     small, random = variant == "small", variant == "random"

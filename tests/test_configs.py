@@ -1,12 +1,16 @@
 """Every file in configs/ builds and traces one train step, full size and small; nothing is computed."""
 
+import importlib
+import sys
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from golden import record
+from ml_collections import ConfigDict
 
-from vmm.build import differences, load_config
+from vmm.build import differences, load_config, plain
 from vmm.errors import UserError
 from vmm.experiment import Experiment
 from vmm.sharding import MeshShape, make_mesh, place_state, to_device
@@ -85,3 +89,23 @@ def test_videomae_flops_are_those_of_the_paper():
         keys,
     )
     assert 3 * forward == pytest.approx(202.3e9, rel=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_a_config_dict_in_the_order_of_its_keys(name: str):
+    """To be changed by attribute; streams are laid out in the order in which the file names them."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        config = importlib.import_module(name.removesuffix(".py")).get_config(record.variants(name)[-1])
+    finally:
+        sys.path.remove(str(FOLDER))
+        for module in (name.removesuffix(".py"), "common"):
+            sys.modules.pop(module, None)
+    assert isinstance(config, ConfigDict)
+    config.optim.learning_rate = 0.5
+    assert plain(config)["optim"]["learning_rate"] == 0.5
+    assert (
+        plain(config)["trunk"]["encoders"]
+        == load_config(f"{FOLDER / name}:{record.variants(name)[-1]}")["trunk"]["encoders"]
+    )
+    assert list(config.trunk.encoders) == list(plain(config)["trunk"]["encoders"])
