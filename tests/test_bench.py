@@ -40,6 +40,7 @@ def told(scratch, samples):
     return json.loads((scratch / "out" / "told.json").read_text()), done.stdout
 
 
+@pytest.mark.exhaustive("runs every benchmark; its parts are tested below")
 def test_every_part_is_told(told, samples):
     numbers, printed = told
     assert set(numbers) == {"machine", "decode", "workers", "wait", "memory"}
@@ -55,6 +56,7 @@ def test_every_part_is_told(told, samples):
     assert re.search(r"Memory over 8 batches \(16 clips\), 1 workers: [+-]\d+ KiB for 1,000 clips", printed)
 
 
+@pytest.mark.exhaustive("runs every benchmark; its parts are tested below")
 def test_numbers_are_finite_and_positive(told):
     numbers, _ = told
     for row in [*numbers["decode"], *numbers["workers"], *numbers["wait"]]:
@@ -68,6 +70,7 @@ def test_numbers_are_finite_and_positive(told):
     assert math.isfinite(numbers["memory"]["slope"]) and numbers["memory"]["mebibytes"] > 50
 
 
+@pytest.mark.exhaustive("runs every benchmark; its parts are tested below")
 def test_waiting_follows_from_what_was_measured(told):
     numbers, _ = told
     rates = {row["clip"]: row["vmm"] for row in numbers["decode"]}

@@ -39,8 +39,8 @@ class Kinds(dict):
         return found
 
     def names(self) -> list[str]:
-        """Returns every kind, of installed packages too."""
-        return sorted({*self, *self._installed})
+        """Returns every kind: vmm's own in the table's order, then those of installed packages."""
+        return [*self, *sorted(set(self._installed) - set(self))]
 
     def find(self, kind: str):
         """Returns what a kind names, imported where a package declares it; None: there is no such kind.
