@@ -386,6 +386,7 @@ def test_mixup_where_it_cannot_be(world_folder, mixup, words):
     assert words in str(error.value)
 
 
+@pytest.mark.exhaustive("each augmentation is tested by itself")
 def test_a_run_trains_with_everything_on(world_folder, tmp_path):
     from vmm.train import train
 

@@ -77,6 +77,7 @@ class Recording(Loader):
             yield batch
 
 
+@pytest.mark.exhaustive("the run that goes back skips steps too; test_guard.py has the numbers")
 def test_one_nan_is_one_skipped_step(straight, world_folder, tmp_path, monkeypatch, capsys):
     faulty(monkeypatch, "nan@5")
     Recording.seen = []
